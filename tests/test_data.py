@@ -1,0 +1,264 @@
+"""Where images come from, how they are split, and how they are augmented."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import pickle
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, model_of, quick_flags, random_data
+from PIL import Image
+
+import advanced_techniques as at
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+def source(counts=(50, 30, 20), role="") -> at.Source:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    return at.Source("test", [str(index) for index in range(len(counts))], labels, np.full(len(labels), role),
+                     lambda chosen: torch.zeros(len(chosen), 3, 4, 4, dtype=torch.uint8))
+
+
+def test_the_split_is_disjoint_stratified_and_repeatable():
+    parts = at.split(source(), 0, 0, 7)
+    everything = np.concatenate(list(parts.values()))
+    assert sorted(everything) == list(range(100))
+    for part in parts.values():
+        shares = np.bincount(source().labels[part], minlength=3) / len(part)
+        assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.06)
+    again = at.split(source(), 0, 0, 7)
+    assert all(np.array_equal(parts[role], again[role]) for role in parts)
+    assert not np.array_equal(parts["train"], at.split(source(), 0, 0, 8)["train"])
+
+
+def test_limits_and_official_roles_are_kept():
+    given = source((200, 200))
+    given.roles = np.array((["train"] * 150 + ["test"] * 50) * 2)
+    parts = at.split(given, 40, 30, 0)
+    assert {role: len(part) for role, part in parts.items()} == dict(test=30, validation=10, train=40)
+    assert set(given.roles[parts["test"]]) == {"test"} and set(given.roles[parts["validation"]]) == {"train"}
+    assert not set(parts["train"]) & set(parts["validation"])
+
+
+def test_too_few_images_stop_with_a_plain_message(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        at.split(source((3, 1)), 0, 0, 0)
+    assert stopped.value.code == 2 and "too few images" in capsys.readouterr().err
+
+
+def test_validation_and_test_images_are_untouched_by_augmentation(monkeypatch):
+    model, data, flags = model_of("resnet18"), random_data(), quick_flags()
+    monkeypatch.setattr(at, "augment", lambda *arguments: pytest.fail("evaluation augmented an image"))
+    first = at.predict(model, data, "validation", [{}], False, flags)
+    assert torch.equal(first, at.predict(model, data, "validation", [{}], False, flags))
+
+
+def test_each_image_has_its_own_augmentation_that_does_not_depend_on_its_batch():
+    model = model_of("resnet18")
+    images = random_data().images[:1].repeat(16, 1, 1, 1)
+    random = torch.rand(16, at.RANDOM_NUMBERS, generator=torch.Generator().manual_seed(3))
+    together = at.augment(images, random, 32, model, True)
+    assert together.shape == (16, 3, 32, 32) and together.is_contiguous(memory_format=torch.channels_last)
+    assert all(not torch.allclose(together[0], other, atol=0.1) for other in together[1:])
+    alone = torch.cat([at.augment(images[i:i + 1], random[i:i + 1], 32, model, True) for i in range(16)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+
+
+NEUTRAL = dict.fromkeys(range(at.RANDOM_NUMBERS), 0.5) | {0: 1.0, 4: 0.9, 9: 0.9}
+
+
+def augmented(changes: dict[int, float], flip: bool = True, size: int = 36) -> torch.Tensor:
+    random = torch.tensor([[(NEUTRAL | changes)[index] for index in range(at.RANDOM_NUMBERS)]])
+    return at.augment(random_data().images[:1], random, size, model_of("resnet18"), flip)
+
+
+def test_neutral_numbers_only_normalise_and_each_number_does_its_own_work():
+    plain = at.view(random_data().images[:1], 36, model_of("resnet18"))
+    torch.testing.assert_close(augmented({}), plain, rtol=0, atol=1e-3)
+    torch.testing.assert_close(augmented({4: 0.1}), plain.flip(-1), rtol=0, atol=1e-3)
+    torch.testing.assert_close(augmented({4: 0.1}, flip=False), plain, rtol=0, atol=1e-3)
+    for index in (0, 5, 6, 7, 8):  # area, rotation, brightness, contrast, saturation
+        assert not torch.allclose(augmented({index: 0.1}), plain, atol=0.05), index
+    erased = augmented({9: 0.1})
+    hole = (erased == 0).all(1)[0]
+    assert 0.03 < hole.float().mean() < 0.2 and torch.equal(erased[0][:, ~hole], augmented({})[0][:, ~hole])
+
+
+def test_colour_jitter_equals_its_textbook_form():
+    images, model = random_data().images[:1].float(), model_of("resnet18")
+    random = torch.tensor([[(NEUTRAL | {6: 0.9, 7: 0.2, 8: 0.7})[index] for index in range(at.RANDOM_NUMBERS)]])
+    matrix, offset = at.colour_matrix(images, model, random)
+    got = torch.baddbmm(offset, matrix, images.flatten(2)).view(images.shape)
+    grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    wanted = images[0] / 255
+    wanted = 1.2 * wanted + (1 - 1.2) * (wanted * grey).sum(0)  # saturation: away from each pixel's grey
+    wanted = 0.82 * wanted + (1 - 0.82) * (images[0] / 255 * grey).sum(0).mean()  # contrast: towards the mean grey
+    wanted = (1.24 * wanted - model.mean[:, None, None]) / model.std[:, None, None]  # brightness
+    torch.testing.assert_close(got[0], wanted, rtol=0, atol=1e-4)
+
+
+def test_shapes_come_from_the_seed_alone():
+    chosen = np.arange(30)
+    images = at.shapes(5).read(chosen)
+    assert images.shape == (30, 3, 64, 64) and images.dtype == torch.uint8
+    assert torch.equal(images, at.shapes(5).read(chosen)) and not torch.equal(images, at.shapes(6).read(chosen))
+    assert len(at.shapes(5).classes) == 10
+
+
+MODES = ["L", "RGB", "RGBA", "LA", "P", "CMYK", "1", "I;16"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_any_mode_becomes_the_same_rgb(tmp_path, mode):
+    grey = np.full((20, 30), 200, np.uint8)
+    image = Image.fromarray(grey.astype(np.uint16) * 256) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    file = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image.save(file)
+    expected = 255 if mode == "1" else 200
+    decoded = at.decode(file, 16)
+    assert decoded.shape == (3, 16, 16) and abs(decoded.astype(int).mean() - expected) < (80 if mode == "1" else 4)
+
+
+def test_transparency_lies_over_white_and_exif_rotation_is_applied(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (at.decode(tmp_path / "clear.png", 8) == 255).all()
+    image = Image.new("RGB", (16, 16), "black")
+    image.paste("white", (0, 0, 16, 4))  # white on top ...
+    exif = Image.Exif()
+    exif[0x0112] = 3  # ... in a picture taken upside down
+    image.save(tmp_path / "turned.png", exif=exif)
+    decoded = at.decode(tmp_path / "turned.png", 16)
+    assert decoded[:, -3:].min() == 255 and decoded[:, :8].max() == 0
+
+
+def make_folder(root: Path, count: int = 12, classes=("cat", "dog", "owl")) -> Path:
+    random = np.random.default_rng(0)
+    for index, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = random.integers(0, 90, (24, 30, 3), np.uint8)
+            pixels[..., index % 3] += 160
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+def test_a_folder_of_class_folders(tmp_path):
+    folder = make_folder(tmp_path / "pets")
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    data, notice = at.load_data(quick_flags(DATASET=str(folder), TRAIN_IMAGES=0, TEST_IMAGES=0), CPU)
+    assert data.classes == ["cat", "dog", "owl"] and len(data.images) == 36 and "pets" in notice
+    assert torch.equal(data.images.float().mean((2, 3)).argmax(1), data.labels)  # each image kept its label
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+def test_a_folder_with_train_val_and_test(tmp_path):
+    for part, count in (("train", 10), ("val", 4), ("test", 6)):
+        make_folder(tmp_path / "pets" / part, count)
+    data, _ = at.load_data(quick_flags(DATASET=str(tmp_path / "pets"), TRAIN_IMAGES=0, TEST_IMAGES=0), CPU)
+    assert {role: len(part) for role, part in data.split.items()} == dict(test=18, validation=12, train=30)
+
+
+def test_large_sets_go_to_a_memory_mapped_file(tmp_path):
+    folder = make_folder(tmp_path / "pets")
+    small = quick_flags(DATASET=str(folder), DATA_DIR=str(tmp_path / "data"), MEMORY_GB=1e-6)
+    mapped, _ = at.load_data(small, CPU)
+    assert (tmp_path / "data" / "decoded_images.bin").stat().st_size == mapped.images.nbytes
+    plain, _ = at.load_data(quick_flags(DATASET=str(folder)), CPU)
+    assert torch.equal(mapped.images, plain.images)
+
+
+def test_unreadable_files_are_named_together(tmp_path, capsys):
+    folder = make_folder(tmp_path / "pets")
+    for name in ("cat/broken.png", "dog/empty.jpg"):
+        (folder / name).write_bytes(b"not an image" if "broken" in name else b"")
+    with pytest.raises(SystemExit) as stopped:
+        at.load_data(quick_flags(DATASET=str(folder), TRAIN_IMAGES=0, TEST_IMAGES=0), CPU)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "broken.png" in message and "empty.jpg" in message
+
+
+@pytest.fixture
+def cifar_server(tmp_path, monkeypatch):
+    """CIFAR-10's archive in small, served on this machine, so that torchvision's real download runs."""
+    random, files = np.random.default_rng(0), {}
+    for name in [*(f"data_batch_{index}" for index in range(1, 6)), "test_batch"]:
+        files[name] = pickle.dumps({"data": random.integers(0, 256, (10, 3072), np.uint8), "labels": list(range(10))})
+    files["batches.meta"] = pickle.dumps({"label_names": [f"class {index}" for index in range(10)]})
+    served = tmp_path / "served"
+    served.mkdir()
+    with tarfile.open(served / "cifar-10-python.tar.gz", "w:gz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(served))
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    kind = at.torchvision.datasets.CIFAR10
+    monkeypatch.setattr(kind, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz")
+    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5((served / "cifar-10-python.tar.gz").read_bytes()).hexdigest())
+    monkeypatch.setattr(kind, "train_list", [[f"data_batch_{index}", sums[f"data_batch_{index}"]] for index in range(1, 6)])
+    monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": sums["batches.meta"]})
+    at.reachable.cache_clear()
+    yield server
+    server.shutdown()
+    at.reachable.cache_clear()
+
+
+def test_auto_downloads_cifar10_once_and_then_finds_it(cifar_server, tmp_path):
+    flags = quick_flags(DATASET="auto", DATA_DIR=str(tmp_path / "data"))
+    found, notice = at.find_source(flags)
+    assert found.name == "CIFAR-10" and "downloaded" in notice and found.classes[3] == "class 3"
+    assert found.read(np.arange(3)).shape == (3, 3, 32, 32) and (found.roles == "train").sum() == 50
+    cifar_server.shutdown()
+    assert "was found" in at.find_source(flags)[1]
+
+
+def test_without_a_network_auto_falls_back_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(at, "reachable", lambda url: False)
+    monkeypatch.setattr(at, "fashion_mnist", lambda folder, download: (_ for _ in ()).throw(RuntimeError()))
+    found, notice = at.find_source(quick_flags(DATASET="auto", DATA_DIR=str(tmp_path)))
+    assert found.name == "shapes" and "CIFAR-10 is not in" in notice and "shapes" in notice
+    with pytest.raises(SystemExit):
+        at.find_source(quick_flags(DATASET="cifar10", DATA_DIR=str(tmp_path)))
+
+
+def test_a_host_that_does_not_answer_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(at.urllib.request, "urlopen", lambda *arguments, **options: (
+        asked.append(1), (_ for _ in ()).throw(OSError("no network")))[1])
+    at.reachable.cache_clear()
+    assert [at.reachable("https://example.invalid") for _ in range(3)] == [False] * 3 and len(asked) == 1
+    at.reachable.cache_clear()
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_fashion_mnist_is_found_in_debians_copy(tmp_path):
+    found = at.fashion_mnist(tmp_path, download=False)
+    assert len(found.labels) == 70000 and found.classes[9] == "Ankle boot" and (found.roles == "test").sum() == 10000
+    assert found.read(np.array([0, 69999])).shape == (2, 3, 28, 28)
+
+
+def test_a_damaged_copy_of_fashion_mnist_is_refused(tmp_path, capsys):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (packed / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0" * 100))
+    with pytest.raises(SystemExit):
+        at.unpack_fashion_mnist(tmp_path / "raw", packed)
+    assert "damaged" in capsys.readouterr().err

