@@ -47,9 +47,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------
-# 1. Flags: edit them here, or override one for a single run with --its-name VALUE
-# ---------------------------------------------------------------------------------------------------------
+# ==== 1. Flags: edit them here, or override one for a single run with --its-name VALUE ==============================
 
 DATASET = "auto"  # "auto", "cifar10", "fashion_mnist", "shapes", or a folder of class folders
 ARCHITECTURES = ("resnet18", "resnet50", "efficientnet_b0")  # any timm model names
@@ -77,9 +75,7 @@ OUTPUT_DIR = "outputs"  # report, plots, checkpoints
 
 FLAGS = {name: value for name, value in list(globals().items()) if name.isupper() and name != "F"}
 
-# ---------------------------------------------------------------------------------------------------------
-# 2. Setting up: flags, device, network
-# ---------------------------------------------------------------------------------------------------------
+# ==== 2. Setting up: flags, device, network =========================================================================
 
 
 def stop(message: str) -> NoReturn:
@@ -180,9 +176,7 @@ def reachable(url: str) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 3. Data: load, split, augment
-# ---------------------------------------------------------------------------------------------------------
+# ==== 3. Data: load, split, augment =================================================================================
 
 
 @dataclass
@@ -512,9 +506,7 @@ def view(images: Tensor, size: int, model: Model, zoom: float = 1.0, mirror: boo
     return sample(images, window, size, *colour_matrix(images, model, None))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 4. Backbones: weights, network, layer groups
-# ---------------------------------------------------------------------------------------------------------
+# ==== 4. Backbones: weights, network, layer groups ==================================================================
 
 STAND_IN = "tf_efficientnet_lite0"  # the one backbone whose ImageNet weights come with a Python package
 
@@ -637,9 +629,7 @@ def build_model(name: str, weights: Weights, classes: int, seed: int, flags: Sim
                  flags.LAYER_RATE_DECAY if trained else 1.0, seed)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 5. Training: unfreezing, learning rate, one update, one epoch, one model
-# ---------------------------------------------------------------------------------------------------------
+# ==== 5. Training: unfreezing, learning rate, one update, one epoch, one model ======================================
 
 STAGES = 4  # the head, then with the last layer group, then with the two before it
 
@@ -752,7 +742,7 @@ def epoch_plan(data: Data, seed: int, epoch: int, flags: SimpleNamespace) -> tup
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     train = data.split["train"]
     order = torch.randperm(len(train), generator=generator).to(train.device)
-    random = torch.rand(len(train), RANDOM_NUMBERS, generator=generator)
+    random = torch.rand(len(train), RANDOM_NUMBERS, generator=generator).to(train.device)
     updates = math.ceil(len(train) / (flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS))
     return train[order].tensor_split(updates), random
 
@@ -806,9 +796,7 @@ def train_model(model: Model, data: Data, mixed: bool, flags: SimpleNamespace) -
     return epochs
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 6. Evaluation: plain, test-time augmentation, soft voting
-# ---------------------------------------------------------------------------------------------------------
+# ==== 6. Evaluation: plain, test-time augmentation, soft voting =====================================================
 
 VIEWS = (dict(), dict(mirror=True), dict(zoom=1.1), dict(zoom=1.1, mirror=True))  # the first is the plain one
 
@@ -851,9 +839,7 @@ def evaluate_ensemble(plain: list[Tensor], averaged: list[Tensor], best: float, 
                 disagreement=(votes != votes[0]).any(0).double().mean().item())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 7. Measuring speed
-# ---------------------------------------------------------------------------------------------------------
+# ==== 7. Measuring speed ============================================================================================
 
 
 def measure_update(model: Model, data: Data, count: int, mixed: bool, flags: SimpleNamespace) -> tuple[float, int]:
@@ -898,9 +884,7 @@ def measure_speed(model: Model, data: Data, epochs: list[dict[str, Any]], second
                        fp16_peak_bytes=memory, why=None)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 8. Report and plots
-# ---------------------------------------------------------------------------------------------------------
+# ==== 8. Report and plots ===========================================================================================
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
@@ -934,10 +918,14 @@ def accuracy_table(results: dict[str, Any]) -> list[str]:
 def speed_table(results: dict[str, Any]) -> list[str]:
     """The lines of the speed section, all measured in this run."""
     lines = []
-    for name, speed in results["speed"].items():
+    for model in results["models"]:
+        name, speed = model["name"], results["speed"][model["name"]]
         stages = ", ".join(f"{value:.0f}" for value in speed["images_per_second_by_stage"].values())
         lines.append(f"{name}: {stages} training images/s in its stages; {speed['images_per_second_all_layers']:.0f} with all "
                      f"layers learning, so freezing saved {percent(speed['freezing_saves'])} of the time.")
+        skipped = sum(epoch["skipped_updates"] for epoch in model["epochs"])
+        if skipped:
+            lines.append(f"  {skipped} updates had gradients that were not finite, and were skipped.")
         if speed["tta_seconds"]:
             lines.append(f"  TTA: {speed['tta_seconds']:.1f} s for the test images instead of {speed['plain_seconds']:.1f} s.")
         if speed["why"]:
@@ -981,17 +969,18 @@ def axes(rows: int, columns: int, width: float, height: float, title: str) -> tu
     return figure, grid
 
 
-def mark_stages(axis: Any, stages: list[int]) -> None:
-    """A vertical line and a word where each unfreezing stage begins; stages holds each epoch's stage."""
+def mark_stages(axis: Any, stages: list[int], first: float) -> None:
+    """A line and a word where each unfreezing stage begins; stages holds each epoch's stage, first is where epoch 1 begins."""
     for epoch, stage in enumerate(stages):
         if epoch == 0 or stages[epoch - 1] != stage:
-            axis.axvline(epoch, color="0.8", linewidth=1, zorder=0)
-            axis.text(epoch + 0.1, 1.0, f"stage {stage}", transform=axis.get_xaxis_transform(), fontsize=8, color="0.4")
+            axis.axvline(epoch + first, color="0.8", linewidth=1, zorder=0)
+            axis.text(epoch + first, 1.0, f" stage {stage}", transform=axis.get_xaxis_transform(), fontsize=8, color="0.4")
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def plot_curves(results: dict[str, Any]) -> Figure:
     """Loss and accuracy over the epochs, training dashed, validation solid."""
-    figure, grid = axes(1, 2, 10, 4, "Training (dashed) and validation (solid)")
+    figure, grid = axes(1, 2, 10, 4, "Training (dashed: augmented images, smoothed labels) and validation (solid)")
     for model, colour in zip(results["models"], COLOURS * 9, strict=False):
         for axis, kind, factor in zip(grid[0], ("loss", "accuracy"), (1, 100), strict=True):
             for role, style in (("train", "--"), ("validation", "-")):
@@ -999,7 +988,7 @@ def plot_curves(results: dict[str, Any]) -> Figure:
                           style, color=colour, label=model["name"] if role == "validation" else None, linewidth=1.5)
             axis.set(xlabel="epoch", ylabel={"loss": "loss", "accuracy": "accuracy (%)"}[kind])
     for axis in grid[0]:
-        mark_stages(axis, [entry["stage"] for entry in results["models"][0]["epochs"]])
+        mark_stages(axis, [entry["stage"] for entry in results["models"][0]["epochs"]], 0.5)
     grid[0, 1].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
@@ -1014,8 +1003,8 @@ def plot_rates(model: Model, updates_per_epoch: int, flags: SimpleNamespace) -> 
                  for update in range(flags.NUM_EPOCHS * updates_per_epoch)]
         grid[0, 0].plot(np.arange(len(rates)) / updates_per_epoch, rates, label=label, linewidth=1.5)
     grid[0, 0].set(xlabel="epochs done", ylabel="learning rate", yscale="log", ylim=(flags.BASE_LEARNING_RATE * 1e-4, None))
-    mark_stages(grid[0, 0], [stage_of(epoch, flags.NUM_EPOCHS, model.gradual) + 1 for epoch in range(flags.NUM_EPOCHS)])
-    grid[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
+    mark_stages(grid[0, 0], [stage_of(epoch, flags.NUM_EPOCHS, model.gradual) + 1 for epoch in range(flags.NUM_EPOCHS)], 0)
+    grid[0, 0].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -1051,7 +1040,7 @@ def plot_time(results: dict[str, Any]) -> Figure:
         grid[0, 0].scatter(seconds, 100 * accuracy, color=colour, s=50, zorder=3, label=name)
     grid[0, 0].set(xlabel="training time (s)", ylabel="test accuracy (%)", xlim=(0, 1.1 * max(point[1] for point in points)))
     grid[0, 0].margins(y=0.3)
-    grid[0, 0].legend(frameon=False, fontsize=8, loc="best")
+    grid[0, 0].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -1074,9 +1063,7 @@ def plot_predictions(probabilities: Tensor, data: Data) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 9. The run
-# ---------------------------------------------------------------------------------------------------------
+# ==== 9. The run ====================================================================================================
 
 
 def run_model(model: Model, data: Data, why: str | None, flags: SimpleNamespace) -> tuple[dict, dict, Tensor, Tensor]:
@@ -1139,7 +1126,8 @@ def main(arguments: list[str] | None = None) -> None:
                    models=entries, ensemble=ensemble, speed=speeds)
     write_report(results, notices, folder)
 
-    final = soft_vote(averaged if flags.USE_ENSEMBLE else averaged[:1])
+    chosen = max(range(len(entries)), key=lambda index: entries[index]["validation_accuracy"])  # never by test accuracy
+    final = soft_vote(averaged) if ensemble["accuracy"] is not None else averaged[chosen]
     labels = data.labels[data.split["test"]].cpu()
     for name, figure in dict(training_curves=plot_curves(results), accuracy_against_time=plot_time(results),
                              learning_rates=plot_rates(model, len(epoch_plan(data, 0, 0, flags)[0]), flags),
