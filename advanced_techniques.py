@@ -60,7 +60,7 @@ WEIGHT_DECAY = 0.05  # decoupled weight decay of AdamW
 LABEL_SMOOTHING = 0.1  # probability that the training target spreads over all classes
 SEED = 0  # same flags, same seed, same numbers on a CPU
 IMAGE_SIZE = 0  # pixels a side that the backbone sees; 0: 224 on a GPU, 96 on a CPU
-TRAIN_IMAGES = 0  # images to train on; 0: all of them on a GPU, 1,800 on a CPU
+TRAIN_IMAGES = 0  # images to train on; 0: all of them on a GPU, 2,400 on a CPU
 TEST_IMAGES = 0  # images to test on; 0: all of them on a GPU, 2,000 on a CPU
 USE_MIXED_PRECISION = True  # FP16 arithmetic with loss scaling, where the device gains from it
 GRADIENT_ACCUMULATION_STEPS = 4  # micro-batches in one update: the effective batch is BATCH_SIZE times this
@@ -73,7 +73,8 @@ MEMORY_GB = 4.0  # decoded images larger than this go to a memory-mapped file un
 DATA_DIR = "data"  # downloads and caches
 OUTPUT_DIR = "outputs"  # report, plots, checkpoints
 
-FLAGS = {name: value for name, value in list(globals().items()) if name.isupper() and name != "F"}
+FLAGS = {name: value for name, value in list(globals().items())
+         if name.isupper() and isinstance(value, int | float | str | tuple)}
 
 # ==== 2. Setting up: flags, device, network =========================================================================
 
@@ -148,7 +149,7 @@ def choose_device() -> torch.device:
 
 def small_profile(flags: SimpleNamespace, device: torch.device) -> SimpleNamespace:
     """Replace each 0 that means "fit to the device": a profile of minutes on a CPU, everything on a GPU."""
-    sizes = dict(IMAGE_SIZE=96, TRAIN_IMAGES=1800, TEST_IMAGES=2000) if device.type == "cpu" else dict(IMAGE_SIZE=224)
+    sizes = dict(IMAGE_SIZE=96, TRAIN_IMAGES=2400, TEST_IMAGES=2000) if device.type == "cpu" else dict(IMAGE_SIZE=224)
     chosen = {name: value for name, value in sizes.items() if getattr(flags, name) == 0}
     return SimpleNamespace(**vars(flags) | chosen)
 
@@ -216,8 +217,8 @@ def cifar10(folder: Path, download: bool) -> Source:
                   np.repeat(["train", "test"], [len(part) for part in parts]), lambda chosen: images[chosen])
 
 
-def unpack_fashion_mnist(raw: Path, packed: Path) -> bool:
-    """Unpack Debian's copy (package dataset-fashion-mnist) to where torchvision looks; False if there is none.
+def unpack_fashion_mnist(raw: Path, packed: Path) -> None:
+    """Unpack Debian's copy (package dataset-fashion-mnist), if it is there, to where torchvision looks.
 
     The archives are compressed anew, so torchvision's checksums don't fit; the IDX headers and sizes must.
     """
@@ -225,14 +226,13 @@ def unpack_fashion_mnist(raw: Path, packed: Path) -> bool:
         for kind, header in (("images-idx3", (2051, count, 28, 28)), ("labels-idx1", (2049, count))):
             source, target = packed / f"{name}-{kind}-ubyte.gz", raw / f"{name}-{kind}-ubyte"
             if not source.is_file():
-                return False
+                return
             content = gzip.decompress(source.read_bytes())
             expected = np.array(header, dtype=">i4").tobytes()
             if not content.startswith(expected) or len(content) != len(expected) + math.prod(header[1:]):
                 stop(f"{source} is damaged: it doesn't hold the {count:,} items that it should. Reinstall the package.")
             raw.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
-    return True
 
 
 def fashion_mnist(folder: Path, download: bool, packed: Path = Path("/usr/share/datasets/fashion-mnist")) -> Source:
@@ -247,26 +247,17 @@ def fashion_mnist(folder: Path, download: bool, packed: Path = Path("/usr/share/
                   lambda chosen: grey[chosen][:, None].repeat(1, 3, 1, 1))
 
 
-def polygon(corners: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The outline of a regular polygon inside the unit circle, in the form of the table below."""
-    sector = math.pi / corners
-    return lambda x, y: (torch.hypot(x, y) * torch.cos(torch.remainder(torch.atan2(x, y), 2 * sector) - sector)
-                         - math.cos(sector))
-
-
 OUTLINES = {  # name: roughly signed distance to the outline at points x, y; negative inside
     "circle": lambda x, y: torch.hypot(x, y) - 0.9,
-    "triangle": polygon(3),
-    "square": polygon(4),
-    "pentagon": polygon(5),
-    "hexagon": polygon(6),
-    "star": lambda x, y: torch.hypot(x, y) - 0.4 - 0.6 * (
-        torch.remainder(torch.atan2(x, y) * 5 / (2 * math.pi), 1) * 2 - 1).abs(),
-    "cross": lambda x, y: torch.minimum(torch.maximum(x.abs() - 0.3, y.abs() - 1),
-                                        torch.maximum(x.abs() - 1, y.abs() - 0.3)),
+    "half": lambda x, y: torch.maximum(torch.hypot(x, y) - 1, y),
     "ring": lambda x, y: (torch.hypot(x, y) - 0.75).abs() - 0.2,
     "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 1, 0.8 - torch.hypot(x - 0.5, y)),
-    "heart": lambda x, y: torch.hypot(x, 1.1 * y + 0.2 - 0.7 * x.abs().sqrt()) - 0.85,
+    "triangle": lambda x, y: torch.maximum(0.87 * x.abs() + 0.5 * y, -y) - 0.5,
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.75,
+    "frame": lambda x, y: (torch.maximum(x.abs(), y.abs()) - 0.65).abs() - 0.2,
+    "bar": lambda x, y: torch.maximum(x.abs() - 1, y.abs() - 0.25),
+    "cross": lambda x, y: torch.minimum(torch.maximum(x.abs() - 0.25, y.abs() - 1), torch.maximum(x.abs() - 1, y.abs() - 0.25)),
+    "star": lambda x, y: torch.hypot(x, y) - 0.4 - 0.6 * (torch.remainder(torch.atan2(x, y) * 0.8, 1) * 2 - 1).abs(),
 }
 
 
@@ -275,23 +266,25 @@ def draw_shapes(labels: Tensor, generator: torch.Generator, side: int = 64) -> T
     def between(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(len(labels), *shape, 1, 1, generator=generator) * (high - low) + low
 
-    def texture() -> Tensor:
+    def texture(colour: Tensor) -> Tensor:
         cells = torch.rand(len(labels), 3, 5, 5, generator=generator)
-        return between(0.15, 0.85, 3) + between(0.1, 0.5, 1) * (F.interpolate(cells, side, mode="bilinear") - 0.5)
+        return colour + between(0.1, 0.4, 1) * (F.interpolate(cells, side, mode="bilinear") - 0.5)
 
     line = torch.linspace(-1, 1, side)
-    x, y = line - between(-0.3, 0.3), line[:, None] - between(-0.3, 0.3)
-    turn, scale = between(0, 2 * math.pi), between(0.35, 0.7)
-    x, y = (x * turn.cos() + y * turn.sin()) / scale, (y * turn.cos() - x * turn.sin()) / (scale * between(0.75, 1))
+    x, y = line - between(-0.2, 0.2), line[:, None] - between(-0.2, 0.2)
+    turn, scale = between(-0.4, 0.4), between(0.5, 0.8)
+    x, y = (x * turn.cos() + y * turn.sin()) / scale, (y * turn.cos() - x * turn.sin()) / (scale * between(0.8, 1))
     outline = torch.empty_like(x)
     for index, distance in enumerate(OUTLINES.values()):
         outline[labels == index] = distance(x[labels == index], y[labels == index])
     inside = torch.sigmoid(-outline * scale * side / 2)[:, None]
-    stripes = between(0, 0.25, 1) * torch.sin(x * between(4, 16) + y * between(-16, 16))[:, None]
-    image = texture().lerp(texture() + stripes, inside)
-    bar = (x * between(-1, 1) + y * between(-1, 1) - between(-0.6, 0.6)).abs() < between(0, 0.12)  # hides a part
+    stripes = between(0, 0.1, 1) * torch.sin(x * between(4, 16) + y * between(-16, 16))[:, None]
+    ground = between(0.2, 0.8, 3)
+    colour = torch.where(ground > 0.5, ground - between(0.1, 0.4, 3), ground + between(0.1, 0.4, 3))
+    image = texture(ground).lerp(texture(colour) + stripes, inside)
+    bar = (x * between(-1, 1) + y * between(-1, 1) - between(-0.6, 0.6)).abs() < between(0, 0.06)  # hides a part
     image = torch.where(bar[:, None], between(0, 1, 3), image)
-    image = image + between(0.02, 0.12, 1) * torch.randn(image.shape, generator=generator)
+    image = image + between(0, 0.06, 1) * torch.randn(image.shape, generator=generator)
     return image.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
@@ -411,13 +404,13 @@ def split(source: Source, train_limit: int, test_limit: int, seed: int) -> dict[
     """Disjoint, stratified indices for "train", "validation" and "test"; the same for every model of a seed.
 
     A role that the source doesn't fix gets 20 % of the images (test first, then validation). A limit of 0
-    takes all; validation is limited to a quarter of the training images.
+    takes all; validation is limited to an eighth of the training images.
     """
     random = np.random.default_rng(seed)
     rest = np.flatnonzero((source.roles == "") | (source.roles == "train"))
     rest = rest[stratified_order(source.labels[rest], random)]
     chosen = {}
-    for role, limit in (("test", test_limit), ("validation", max(1, train_limit // 4) if train_limit else 0)):
+    for role, limit in (("test", test_limit), ("validation", max(2, train_limit // 8) if train_limit else 0)):
         pool = np.flatnonzero(source.roles == role)
         if len(pool):
             chosen[role] = pool[stratified_order(source.labels[pool], random)][: limit or None]

@@ -42,7 +42,7 @@ def test_limits_and_official_roles_are_kept():
     given = source((200, 200))
     given.roles = np.array((["train"] * 150 + ["test"] * 50) * 2)
     parts = at.split(given, 40, 30, 0)
-    assert {role: len(part) for role, part in parts.items()} == dict(test=30, validation=10, train=40)
+    assert {role: len(part) for role, part in parts.items()} == dict(test=30, validation=5, train=40)
     assert set(given.roles[parts["test"]]) == {"test"} and set(given.roles[parts["validation"]]) == {"train"}
     assert not set(parts["train"]) & set(parts["validation"])
 

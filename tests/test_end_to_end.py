@@ -39,7 +39,7 @@ def test_shapes_with_all_techniques_twice_give_the_same_numbers(script, tmp_path
     assert (tmp_path / "one" / "report.txt").read_text() in output and "ensemble of 2" in output
     assert set(results) == {"flags", "environment", "dataset", "models", "ensemble", "speed"}
     assert set(results["flags"]) == set(at.FLAGS)
-    assert results["dataset"]["train_images"] == 60 and results["dataset"]["validation_images"] == 15
+    assert results["dataset"]["train_images"] == 60 and results["dataset"]["validation_images"] == 7
     for model in results["models"]:
         assert 0 <= model["test_accuracy"] <= 1 and 0 <= model["tta_accuracy"] <= 1 and model["test_loss"] > 0
         assert [entry["stage"] for entry in model["epochs"]] in ([1, 2, 3, 4], [1, 1, 1, 1])
