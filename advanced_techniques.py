@@ -272,7 +272,7 @@ def draw_shapes(labels: Tensor, generator: torch.Generator, side: int = 64) -> T
 
     line = torch.linspace(-1, 1, side)
     x, y = line - between(-0.2, 0.2), line[:, None] - between(-0.2, 0.2)
-    turn, scale = between(-0.4, 0.4), between(0.5, 0.8)
+    turn, scale = between(-0.6, 0.6), between(0.45, 0.8)
     x, y = (x * turn.cos() + y * turn.sin()) / scale, (y * turn.cos() - x * turn.sin()) / (scale * between(0.8, 1))
     outline = torch.empty_like(x)
     for index, distance in enumerate(OUTLINES.values()):
@@ -284,7 +284,7 @@ def draw_shapes(labels: Tensor, generator: torch.Generator, side: int = 64) -> T
     image = texture(ground).lerp(texture(colour) + stripes, inside)
     bar = (x * between(-1, 1) + y * between(-1, 1) - between(-0.6, 0.6)).abs() < between(0, 0.06)  # hides a part
     image = torch.where(bar[:, None], between(0, 1, 3), image)
-    image = image + between(0, 0.06, 1) * torch.randn(image.shape, generator=generator)
+    image = image + between(0, 0.09, 1) * torch.randn(image.shape, generator=generator)
     return image.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
