@@ -257,7 +257,8 @@ OUTLINES = {  # name: roughly signed distance to the outline at points x, y; neg
     "frame": lambda x, y: (torch.maximum(x.abs(), y.abs()) - 0.65).abs() - 0.2,
     "bar": lambda x, y: torch.maximum(x.abs() - 1, y.abs() - 0.25),
     "cross": lambda x, y: torch.minimum(torch.maximum(x.abs() - 0.25, y.abs() - 1), torch.maximum(x.abs() - 1, y.abs() - 0.25)),
-    "star": lambda x, y: torch.hypot(x, y) - 0.4 - 0.6 * (torch.remainder(torch.atan2(x, y) * 5 / (2 * math.pi), 1) * 2 - 1).abs(),
+    "star": lambda x, y: (torch.hypot(x, y) - 0.4
+                          - 0.6 * (torch.remainder(torch.atan2(x, y) * 5 / (2 * math.pi), 1) * 2 - 1).abs()),
 }
 
 
