@@ -891,13 +891,17 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{fraction:.1%}"
 
 
+def shown_name(model: dict[str, Any]) -> str:
+    """A model's name for people: a stand-in must not pass for what it stands in for."""
+    return model["name"] + (" (stand-in)" if model["stands_in_for"] else "")
+
+
 def accuracy_table(results: dict[str, Any]) -> list[str]:
     """The lines of the accuracy table: a row a model, then the ensemble."""
     row = "{:<28}{:>12}{:>10}{:>12}{:>8}{:>10}{:>10}".format
     lines = [row("model", "parameters", "train", "validation", "test", "with TTA", "seconds")]
     for model in results["models"]:
-        name = model["name"] + (" (stand-in)" if model["stands_in_for"] else "")
-        lines.append(row(name, f"{model['parameters']:,}", percent(model["train_accuracy"]),
+        lines.append(row(shown_name(model), f"{model['parameters']:,}", percent(model["train_accuracy"]),
                          percent(model["validation_accuracy"]), percent(model["test_accuracy"]),
                          percent(model["tta_accuracy"]), f"{model['seconds']:.0f}"))
     ensemble = results["ensemble"]
@@ -979,7 +983,7 @@ def plot_curves(results: dict[str, Any]) -> Figure:
         for axis, kind, factor in zip(grid[0], ("loss", "accuracy"), (1, 100), strict=True):
             for role, style in (("train", "--"), ("validation", "-")):
                 axis.plot(range(1, len(model["epochs"]) + 1), [factor * entry[f"{role}_{kind}"] for entry in model["epochs"]],
-                          style, color=colour, label=model["name"] if role == "validation" else None, linewidth=1.5)
+                          style, color=colour, label=shown_name(model) if role == "validation" else None, linewidth=1.5)
             axis.set(xlabel="epoch", ylabel={"loss": "loss", "accuracy": "accuracy (%)"}[kind])
     for axis in grid[0]:
         mark_stages(axis, [entry["stage"] for entry in results["models"][0]["epochs"]], 0.5)
@@ -989,7 +993,7 @@ def plot_curves(results: dict[str, Any]) -> Figure:
 
 def plot_rates(model: Model, updates_per_epoch: int, flags: SimpleNamespace) -> Figure:
     """The rate of each layer group that ever learns, over the run; a frozen group has none."""
-    figure, grid = axes(1, 1, 8, 4, f"Learning rate of each layer group: {model.name}")
+    figure, grid = axes(1, 1, 8, 4, f"Learning rate of each layer group: {model.weights.architecture}")
     shown = list(model.groups)[: groups_trained(flags.NUM_EPOCHS - 1, flags.NUM_EPOCHS, model)][:STAGES + 1]
     for group, label in enumerate(shown):
         rates = [learning_rate(update, group, updates_per_epoch, model, flags)
@@ -1024,7 +1028,7 @@ def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str], ac
 
 def plot_time(results: dict[str, Any]) -> Figure:
     """Test accuracy against training time, a point a model; the ensemble costs the sum of their times."""
-    points = [(model["name"], model["seconds"], model["tta_accuracy"] or model["test_accuracy"]) for model in results["models"]]
+    points = [(shown_name(model), model["seconds"], model["tta_accuracy"] or model["test_accuracy"]) for model in results["models"]]
     ensemble = results["ensemble"]
     if ensemble["accuracy"] is not None:
         points.append(("ensemble", sum(point[1] for point in points), ensemble["tta_accuracy"] or ensemble["accuracy"]))
