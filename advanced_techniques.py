@@ -1028,7 +1028,8 @@ def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str], ac
 
 def plot_time(results: dict[str, Any]) -> Figure:
     """Test accuracy against training time, a point a model; the ensemble costs the sum of their times."""
-    points = [(shown_name(model), model["seconds"], model["tta_accuracy"] or model["test_accuracy"]) for model in results["models"]]
+    points = [(shown_name(model), model["seconds"], model["tta_accuracy"] or model["test_accuracy"])
+              for model in results["models"]]
     ensemble = results["ensemble"]
     if ensemble["accuracy"] is not None:
         points.append(("ensemble", sum(point[1] for point in points), ensemble["tta_accuracy"] or ensemble["accuracy"]))
