@@ -67,6 +67,8 @@ def test_each_image_has_its_own_augmentation_that_does_not_depend_on_its_batch()
     together = at.augment(images, random, 32, model, True)
     assert together.shape == (16, 3, 32, 32) and together.is_contiguous(memory_format=torch.channels_last)
     assert all(not torch.allclose(together[0], other, atol=0.1) for other in together[1:])
+    images = random_data().images[:16] // torch.arange(1, 17, dtype=torch.uint8)[:, None, None, None]  # ever darker
+    together = at.augment(images, random, 32, model, True)
     alone = torch.cat([at.augment(images[i:i + 1], random[i:i + 1], 32, model, True) for i in range(16)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
 
@@ -258,7 +260,8 @@ def test_fashion_mnist_is_found_in_debians_copy(tmp_path):
 def test_a_damaged_copy_of_fashion_mnist_is_refused(tmp_path, capsys):
     packed = tmp_path / "packed"
     packed.mkdir()
-    (packed / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0" * 100))
-    with pytest.raises(SystemExit):
-        at.unpack_fashion_mnist(tmp_path / "raw", packed)
-    assert "damaged" in capsys.readouterr().err
+    for content in (b"\0" * 100, b"\0" * (16 + 60000 * 784)):  # too short; the right size, but no IDX header
+        (packed / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(content, 1))
+        with pytest.raises(SystemExit):
+            at.unpack_fashion_mnist(tmp_path / "raw", packed)
+        assert "damaged" in capsys.readouterr().err
