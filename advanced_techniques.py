@@ -28,8 +28,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -45,6 +44,7 @@ from PIL import Image, ImageOps
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # ==== 1. Flags: edit them here, or override one for a single run with --its-name VALUE ==============================
@@ -66,8 +66,10 @@ USE_MIXED_PRECISION = True  # FP16 arithmetic with loss scaling, where the devic
 GRADIENT_ACCUMULATION_STEPS = 4  # micro-batches in one update: the effective batch is BATCH_SIZE times this
 USE_COSINE_SCHEDULE = True  # warm-up, cosine, warm restart at each stage; off: a step decay
 GRADUAL_UNFREEZING = True  # head first, then one layer group more a stage; off: all layers from the start
+FEATURE_VIEWS = 2  # augmented views of each image that the head alone learns from, computed once; 0: new ones each epoch
 USE_TTA = True  # average the predictions over several views of each test image
 USE_ENSEMBLE = True  # average the predictions of all the models
+COMPILE = False  # torch.compile: faster on a GPU once minutes of compiling have passed; seldom worth it on a CPU
 HORIZONTAL_FLIP = True  # mirror images in training and TTA; off where left and right matter (text, digits)
 MEMORY_GB = 4.0  # decoded images larger than this go to a memory-mapped file under DATA_DIR
 DATA_DIR = "data"  # downloads and caches
@@ -119,7 +121,7 @@ def read_flags(arguments: list[str] | None = None) -> SimpleNamespace:
 def check_flags(flags: SimpleNamespace) -> None:
     """Stop with a plain message if a flag has a value that can't work."""
     at_least = dict(BATCH_SIZE=1, NUM_EPOCHS=1, GRADIENT_ACCUMULATION_STEPS=1, IMAGE_SIZE=0, TRAIN_IMAGES=0,
-                    TEST_IMAGES=0, SEED=0, WEIGHT_DECAY=0.0)
+                    TEST_IMAGES=0, SEED=0, WEIGHT_DECAY=0.0, FEATURE_VIEWS=0)
     for name, low in at_least.items():
         if not low <= getattr(flags, name) < math.inf:
             stop(f"{name} = {getattr(flags, name)}: it has to be {low} or more.")
@@ -461,12 +463,13 @@ def colour_matrix(images: Tensor, model: Model, random: Tensor | None) -> tuple[
 
 
 def sample(images: Tensor, window: Tensor, size: int, matrix: Tensor, offset: Tensor) -> Tensor:
-    """Recolour, then cut the window [n, 2, 3] out of each image: float [n, 3, size, size], channels last."""
+    """Recolour, then cut the window [n, 2, 3] out of each image: float [n, 3, size, size]."""
     shape = images.shape
     images = torch.baddbmm(offset, matrix, images.flatten(2)).view(shape)
-    grid = F.affine_grid(window, [len(images), 3, size, size], align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    return images.contiguous(memory_format=torch.channels_last)
+    line = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1
+    down = window[:, :, 1, None] * line + window[:, :, 2, None]  # a sum of a row and a column: F.affine_grid's
+    grid = window[:, :, 0, None, None] * line + down[..., None]  # matrix product costs more than the sampling
+    return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="reflection", align_corners=False)
 
 
 def augment(images: Tensor, random: Tensor, size: int, model: Model, flip: bool) -> Tensor:
@@ -489,7 +492,8 @@ def augment(images: Tensor, random: Tensor, size: int, model: Model, flip: bool)
     half = torch.where(random[:, 9] < 0.25, 0.05 + 0.15 * random[:, 10:12].T, -1.0)[:, :, None]  # a quarter of them
     across = (line - random[:, 12, None]).abs() < half[0]
     down = (line - random[:, 13, None]).abs() < half[1]
-    return images.masked_fill_((down[:, :, None] & across[:, None, :])[:, None], 0.0)
+    erased = (down.float()[:, :, None] * across.float()[:, None, :])[:, None]
+    return images.mul_(1 - erased).contiguous(memory_format=torch.channels_last)
 
 
 def view(images: Tensor, size: int, model: Model, zoom: float = 1.0, mirror: bool = False) -> Tensor:
@@ -497,7 +501,8 @@ def view(images: Tensor, size: int, model: Model, zoom: float = 1.0, mirror: boo
     images = images.float()
     share = min(1.0, size / images.shape[-1]) / zoom
     window = images.new_tensor([[-share if mirror else share, 0, 0], [0, share, 0]]).expand(len(images), 2, 3)
-    return sample(images, window, size, *colour_matrix(images, model, None))
+    images = sample(images, window, size, *colour_matrix(images, model, None))
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 # ==== 4. Backbones: weights, network, layer groups ==================================================================
@@ -528,6 +533,7 @@ class Model:
     gradual: bool  # unfrozen stage by stage
     rate_decay: float  # how much less each group learns than the one after it
     seed: int
+    features: dict[int | str, Tensor] = field(default_factory=dict)  # cached while only the head learns: cached_batches
 
 
 def stand_in_weights() -> dict[str, Tensor] | None:
@@ -617,6 +623,8 @@ def build_model(name: str, weights: Weights, classes: int, seed: int, flags: Sim
     for parameter in network.get_classifier().parameters():  # timm's own start is too wild for some heads
         nn.init.normal_(parameter, std=0.01)
     network = network.to(device, memory_format=torch.channels_last)
+    if flags.COMPILE:
+        network.compile()
     trained = weights.overlay is not None
     return Model(name, weights, network, layer_groups(network), torch.tensor(settings.mean, device=device),
                  torch.tensor(settings.std, device=device), flags.GRADUAL_UNFREEZING and trained,
@@ -697,19 +705,23 @@ def make_scaler(device: torch.device, mixed: bool) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**30)
 
 
+def precision(device: torch.device, mixed: bool) -> contextlib.AbstractContextManager:
+    """Mixed precision: matrix products in FP16, what needs range (norms, softmax) in FP32. Off: all in FP32."""
+    return torch.autocast(device.type, torch.float16) if mixed else contextlib.nullcontext()
+
+
 def apply_update(network: nn.Module, micro_batches: Iterable[tuple[Tensor, Tensor]], images: int,
                  optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, rates: list[float],
                  mixed: bool, label_smoothing: float) -> Tensor:
     """One optimiser update from several micro-batches; returns [sum of losses, correct, skipped] on the device.
 
-    micro_batches yields inputs [n, 3, size, size] and labels [n]; images is the sum of their n.
+    micro_batches yields inputs [n, ...] of the network and labels [n]; images is the sum of their n.
     """
     for group in optimizer.param_groups:
         group["lr"] = rates[group["layer"]]
     totals = torch.zeros(3, device=next(network.parameters()).device)
     for inputs, labels in micro_batches:
-        # Mixed precision: matrix products in FP16, what needs range (the loss) in FP32.
-        with torch.autocast(inputs.device.type, torch.float16) if mixed else contextlib.nullcontext():
+        with precision(inputs.device, mixed):
             logits = network(inputs)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
         # Accumulation: backward() adds up gradients. Dividing by the images really in the update, not by the
@@ -750,37 +762,68 @@ def micro_batches(data: Data, window: Tensor, random: Tensor, model: Model,
         yield augment(images, numbers.to(device, non_blocking=True), flags.IMAGE_SIZE, model, flags.HORIZONTAL_FLIP), labels
 
 
+def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
+    """What the backbone hands to the head: images [n, 3, size, size] -> [n, channels]."""
+    return network.forward_head(network.forward_features(images), pre_logits=True)
+
+
+def views_to_keep(model: Model, learning: int, images: int, flags: SimpleNamespace) -> int:
+    """How many views' features to keep in this epoch: none once the backbone learns, nor more than MEMORY_GB holds."""
+    room = int(flags.MEMORY_GB * 1e9 / (4 * images * model.network.num_features)) if learning == 1 else 0
+    return min(flags.FEATURE_VIEWS, room)
+
+
+@torch.no_grad()
+def cached_batches(model: Model, data: Data, view: int, windows: tuple[Tensor, ...], random: Tensor, mixed: bool,
+                   flags: SimpleNamespace) -> list[list[tuple[Tensor, Tensor]]]:
+    """For each update of the epoch one micro-batch of features and labels, computed once for each view.
+
+    A frozen backbone answers the same image with the same features, so while only the head learns, its forward
+    pass need not be repeated. Several augmented views are kept, or the head would learn one view by heart.
+    """
+    if view not in model.features:
+        model.network.eval()
+        with precision(model.mean.device, mixed):
+            model.features[view] = torch.cat([pooled_features(model.network, inputs).float() for inputs, _ in
+                                              micro_batches(data, torch.cat(windows), random, model, flags)])
+    parts = model.features[view].split([len(window) for window in windows])
+    return [[(part, data.labels[window].to(part.device))] for part, window in zip(parts, windows, strict=True)]
+
+
 def train_epoch(model: Model, data: Data, epoch: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                 mixed: bool, flags: SimpleNamespace) -> dict[str, Any]:
     """Train for one epoch, counted from 0; returns its entry for results.json without the validation figures."""
-    started = time.perf_counter()
-    trainable = unfreeze(model, groups_trained(epoch, flags.NUM_EPOCHS, model))
-    windows, random = epoch_plan(data, model.seed, epoch, flags)
-    totals, done = torch.zeros(3, device=model.mean.device), 0
-    for step, window in enumerate(progress(windows, f"epoch {epoch + 1}")):
+    started, learning = time.perf_counter(), groups_trained(epoch, flags.NUM_EPOCHS, model)
+    trainable, images = unfreeze(model, learning), len(data.split["train"])
+    kept = views_to_keep(model, learning, images, flags)
+    view = epoch % kept if kept else epoch  # a view is an epoch's plan: the same plan shows the same view
+    windows, random = epoch_plan(data, model.seed, view, flags)
+    if kept:
+        network, updates = model.network.get_classifier(), cached_batches(model, data, view, windows, random, mixed, flags)
+    else:
+        model.features.clear()
+        network, updates = model.network, (micro_batches(data, window, numbers, model, flags) for window, numbers in
+                                           zip(windows, random.split([len(window) for window in windows]), strict=True))
+    totals = torch.zeros(3, device=model.mean.device)
+    for step, batches in enumerate(progress(updates, f"epoch {epoch + 1}", len(windows))):
         update = epoch * len(windows) + step
         rates = [learning_rate(update, group, len(windows), model, flags) for group in range(len(model.groups))]
-        batches = micro_batches(data, window, random[done: done + len(window)], model, flags)
-        totals += apply_update(model.network, batches, len(window), optimizer, scaler, rates, mixed, flags.LABEL_SMOOTHING)
-        done += len(window)
+        totals += apply_update(network, batches, len(windows[step]), optimizer, scaler, rates, mixed, flags.LABEL_SMOOTHING)
     loss, correct, skipped = totals.tolist()  # the one wait for the device in the epoch
     if not math.isfinite(loss) and skipped == len(windows):
         stop(f"{model.name}: in epoch {epoch + 1} no update had finite gradients (rate up to {max(rates):.2g}). "
              "Lower BASE_LEARNING_RATE, or set USE_MIXED_PRECISION to false.")
     return dict(epoch=epoch + 1, stage=stage_of(epoch, flags.NUM_EPOCHS, model.gradual) + 1,
-                trainable_parameters=trainable, learning_rate=rates[0], train_loss=loss / done,
-                train_accuracy=correct / done, skipped_updates=int(skipped), seconds=time.perf_counter() - started)
+                trainable_parameters=trainable, learning_rate=rates[0], train_loss=loss / images,
+                train_accuracy=correct / images, skipped_updates=int(skipped), seconds=time.perf_counter() - started)
 
 
 def train_model(model: Model, data: Data, mixed: bool, flags: SimpleNamespace) -> list[dict[str, Any]]:
     """Train through all epochs and stages, one printed line an epoch; returns the epochs' entries."""
-    optimizer = make_optimizer(model, flags)
-    scaler = make_scaler(model.mean.device, mixed)
-    epochs = []
+    optimizer, scaler, epochs = make_optimizer(model, flags), make_scaler(model.mean.device, mixed), []
     for epoch in range(flags.NUM_EPOCHS):
         entry = train_epoch(model, data, epoch, optimizer, scaler, mixed, flags)
-        probabilities = predict(model, data, "validation", VIEWS[:1], mixed, flags)[0]
-        loss, accuracy = score(probabilities, data, "validation")
+        loss, accuracy = score(validate(model, data, mixed, flags), data, "validation")
         entry |= dict(validation_loss=loss, validation_accuracy=accuracy)
         epochs.append(entry)
         learning = ", ".join(list(model.groups)[: groups_trained(epoch, flags.NUM_EPOCHS, model)][:STAGES])
@@ -795,17 +838,33 @@ def train_model(model: Model, data: Data, mixed: bool, flags: SimpleNamespace) -
 VIEWS = (dict(), dict(mirror=True), dict(zoom=1.1), dict(zoom=1.1, mirror=True))  # the first is the plain one
 
 
-@torch.inference_mode()
-def predict(model: Model, data: Data, role: str, views: Iterable[dict], mixed: bool, flags: SimpleNamespace) -> Tensor:
-    """Probabilities of each view, float32 [views, n, classes] on the CPU, in the order of data.split[role]."""
+@torch.no_grad()
+def answers(network: Callable[[Tensor], Tensor], model: Model, data: Data, role: str, views: Iterable[dict], mixed: bool,
+            flags: SimpleNamespace) -> Tensor:
+    """What the network, or a part of it, answers to each view: float32 [views, n, ...], in the order of data.split[role]."""
     model.network.eval()
     device, parts = model.mean.device, []
-    for batch in progress(data.split[role].split(flags.BATCH_SIZE), role):
+    for batch in progress(data.split[role].split(4 * flags.BATCH_SIZE), role):  # nothing is kept for a backward pass
         images, _ = data.fetch(batch, device)
-        with torch.autocast(device.type, torch.float16) if mixed else contextlib.nullcontext():
-            logits = [model.network(view(images, flags.IMAGE_SIZE, model, **options)) for options in views]
-        parts.append(torch.stack(logits).float().softmax(-1))
-    return torch.cat(parts, dim=1).cpu()
+        with precision(device, mixed):
+            parts.append(torch.stack([network(view(images, flags.IMAGE_SIZE, model, **options)) for options in views]).float())
+    return torch.cat(parts, dim=1)
+
+
+def predict(model: Model, data: Data, role: str, views: Iterable[dict], mixed: bool, flags: SimpleNamespace) -> Tensor:
+    """Probabilities of each view, float32 [views, n, classes] on the CPU, in the order of data.split[role]."""
+    return answers(model.network, model, data, role, views, mixed, flags).softmax(-1).cpu()
+
+
+@torch.no_grad()
+def validate(model: Model, data: Data, mixed: bool, flags: SimpleNamespace) -> Tensor:
+    """Probabilities of the validation images [n, classes], from their cached features while only the head learns."""
+    if not model.features:
+        return predict(model, data, "validation", VIEWS[:1], mixed, flags)[0]
+    if "validation" not in model.features:
+        backbone = functools.partial(pooled_features, model.network)
+        model.features["validation"] = answers(backbone, model, data, "validation", VIEWS[:1], mixed, flags)[0]
+    return model.network.get_classifier()(model.features["validation"]).softmax(-1).cpu()
 
 
 def tta_views(flags: SimpleNamespace) -> list[dict]:
@@ -839,36 +898,81 @@ def evaluate_ensemble(plain: list[Tensor], averaged: list[Tensor], best: float, 
 def measure_update(model: Model, data: Data, count: int, mixed: bool, flags: SimpleNamespace) -> tuple[float, int]:
     """Images/s of updates that train `count` layer groups, the median of three, and peak memory in bytes.
 
-    Works on a copy, so that the trained model stays as it is. Memory is 0 where the device doesn't count it.
+    The updates have a rate of 0, but BatchNorm's statistics move: the model is spent. Memory is 0 where the
+    device doesn't count it.
     """
-    device, network = model.mean.device, deepcopy(model.network)
-    twin = Model(model.name, model.weights, network, layer_groups(network), model.mean, model.std, False, 1.0, model.seed)
-    unfreeze(twin, count)
-    optimizer, scaler = make_optimizer(twin, flags), make_scaler(device, mixed)
+    device = model.mean.device
+    unfreeze(model, count)
+    optimizer, scaler = make_optimizer(model, flags), make_scaler(device, mixed)
     windows, random = epoch_plan(data, model.seed, 0, flags)
     accelerated, seconds = device.type != "cpu", []
     if accelerated:
         torch.accelerator.reset_peak_memory_stats()
     for _ in range(4):
         started = time.perf_counter()
-        batches = micro_batches(data, windows[0], random[: len(windows[0])], twin, flags)
-        apply_update(network, batches, len(windows[0]), optimizer, scaler, [0.0] * len(twin.groups), mixed, 0.0)
+        batches = micro_batches(data, windows[0], random[: len(windows[0])], model, flags)
+        apply_update(model.network, batches, len(windows[0]), optimizer, scaler, [0.0] * len(model.groups), mixed, 0.0)
         if accelerated:
             torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - started)
     return len(windows[0]) / sorted(seconds[1:])[1], torch.accelerator.max_memory_allocated() if accelerated else 0
 
 
+def flops_per_image(model: Model, size: int) -> tuple[int, int]:
+    """Floating-point operations of one image's forward pass: of the whole network, and of the layers that learn now.
+
+    The backward pass is counted as twice the forward pass of what learns; torch's counter overcounts it for grouped
+    convolutions. Multiplications and additions count one each.
+    """
+    model.network.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.network(torch.zeros(1, 3, size, size, device=model.mean.device))
+    counts = {name: sum(parts.values()) for name, parts in counter.get_flop_counts().items()}
+
+    def learning(name: str, module: nn.Module) -> int:
+        own = [parameter.requires_grad for parameter in module.parameters()]
+        return counts.get(name, 0) if own and all(own) else sum(
+            learning(f"{name}.{child}", part) for child, part in module.named_children() if any(own))
+
+    return counts["Global"], learning(type(model.network).__name__, model.network)
+
+
+@functools.cache
+def matrix_product_peak(device: torch.device, mixed: bool) -> float:
+    """Floating-point operations a second of one large matrix product: the most that training could reach."""
+    side, best = 2048 if device.type == "cpu" else 8192, math.inf
+    factor = torch.rand(side, side, device=device, dtype=torch.float16 if mixed else torch.float32)
+    for _ in range(6):
+        started = time.perf_counter()
+        factor @ factor
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
+
+
+def peak_share(model: Model, part: list[dict[str, Any]], images: int, mixed: bool, flags: SimpleNamespace) -> float:
+    """The share of the device's matrix-product peak that training reached in the epochs of one stage."""
+    learning = groups_trained(part[0]["epoch"] - 1, flags.NUM_EPOCHS, model)
+    unfreeze(model, learning)
+    forward, trained = flops_per_image(model, flags.IMAGE_SIZE)
+    passes = min(len(part), views_to_keep(model, learning, images, flags) or len(part))  # cached views cost one each
+    operations = images * (passes * forward + len(part) * 2 * trained)
+    return operations / sum(entry["seconds"] for entry in part) / matrix_product_peak(model.mean.device, mixed)
+
+
 def measure_speed(model: Model, data: Data, epochs: list[dict[str, Any]], seconds: dict[str, float], why: str | None,
                   flags: SimpleNamespace) -> dict[str, Any]:
-    """The speed section of one model: stages, freezing, test-time augmentation, mixed precision."""
+    """The speed section of one model: stages, freezing, test-time augmentation, mixed precision, what is left."""
     images, mixed, everything = len(data.split["train"]), why is None, len(model.groups)
-    stages = sorted({entry["stage"] for entry in epochs})
-    by_stage = {str(stage): images * len(spent) / sum(spent) for stage in stages
-                if (spent := [entry["seconds"] for entry in epochs if entry["stage"] == stage])}
+    stages = {str(stage): [entry for entry in epochs if entry["stage"] == stage]
+              for stage in sorted({entry["stage"] for entry in epochs})}
+    by_stage = {stage: images * len(part) / sum(entry["seconds"] for entry in part) for stage, part in stages.items()}
+    shares = {stage: peak_share(model, part, images, mixed, flags) for stage, part in stages.items()}
     all_layers, memory = measure_update(model, data, everything, mixed, flags)
     full = dict(images_per_second_by_stage=by_stage, images_per_second_all_layers=all_layers,
                 freezing_saves=1 - all_layers * sum(entry["seconds"] for entry in epochs) / (images * len(epochs)),
+                peak_flops=matrix_product_peak(model.mean.device, mixed), peak_share_by_stage=shares,
                 plain_seconds=seconds["plain"], tta_seconds=seconds["tta"])
     if not mixed:
         return full | dict(fp32_images_per_second=all_layers, fp16_images_per_second=None, fp32_peak_bytes=None,
@@ -921,6 +1025,8 @@ def speed_table(results: dict[str, Any]) -> list[str]:
         stages = ", ".join(f"{value:.0f}" for value in speed["images_per_second_by_stage"].values())
         lines.append(f"{name}: {stages} training images/s in its stages; {speed['images_per_second_all_layers']:.0f} with all "
                      f"layers learning, so freezing saved {percent(speed['freezing_saves'])} of the time.")
+        shares = ", ".join(percent(share) for share in speed["peak_share_by_stage"].values())
+        lines.append(f"  That is {shares} of this device's matrix-product peak, {speed['peak_flops'] / 1e9:,.0f} GFLOP/s.")
         skipped = sum(epoch["skipped_updates"] for epoch in model["epochs"])
         if skipped:
             lines.append(f"  {skipped} updates had gradients that were not finite, and were skipped.")
@@ -1084,9 +1190,9 @@ def run_model(model: Model, data: Data, why: str | None, flags: SimpleNamespace)
                  test_accuracy=accuracy, test_loss=loss,
                  tta_accuracy=score(averaged, data, "test")[1] if flags.USE_TTA else None, epochs=epochs)
     times = dict(plain=spent / len(views), tta=spent if flags.USE_TTA else None)
-    speed = measure_speed(model, data, epochs, times, why, flags)
     torch.save(dict(architecture=model.weights.architecture, classes=data.classes, image_size=flags.IMAGE_SIZE,
                     state_dict=model.network.state_dict()), Path(flags.OUTPUT_DIR, "checkpoints", f"{model.name}.pt"))
+    speed = measure_speed(model, data, epochs, times, why, flags)
     return entry, speed, plain, averaged
 
 
