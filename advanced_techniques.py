@@ -62,7 +62,7 @@ SEED = 0  # same flags, same seed, same numbers on a CPU
 IMAGE_SIZE = 0  # pixels a side that the backbone sees; 0: 224 on a GPU, 96 on a CPU
 TRAIN_IMAGES = 0  # images to train on; 0: all of them on a GPU, 2,400 on a CPU
 TEST_IMAGES = 0  # images to test on; 0: all of them on a GPU, 2,000 on a CPU
-USE_MIXED_PRECISION = True  # FP16 arithmetic with loss scaling, where the device gains from it
+USE_MIXED_PRECISION = True  # FP16 products with loss scaling on a GPU, BF16 on a CPU with units for it
 GRADIENT_ACCUMULATION_STEPS = 4  # micro-batches in one update: the effective batch is BATCH_SIZE times this
 USE_COSINE_SCHEDULE = True  # warm-up, cosine, warm restart at each stage; off: a step decay
 GRADUAL_UNFREEZING = True  # head first, then one layer group more a stage; off: all layers from the start
@@ -156,15 +156,22 @@ def small_profile(flags: SimpleNamespace, device: torch.device) -> SimpleNamespa
     return SimpleNamespace(**vars(flags) | chosen)
 
 
-def why_not_mixed(flags: SimpleNamespace, device: torch.device) -> str | None:
-    """Why training runs in FP32, as a sentence, or None if FP16 is used."""
+Precision = torch.dtype | None  # the type of matrix products in mixed precision; None: FP32 throughout
+
+
+def choose_precision(network: nn.Module, device: torch.device, flags: SimpleNamespace) -> tuple[Precision, str]:
+    """The precision in which a network trains on the device, and why, in a sentence."""
     if not flags.USE_MIXED_PRECISION:
-        return "USE_MIXED_PRECISION is off."
+        return None, "USE_MIXED_PRECISION is off."
     if device.type == "cpu":
-        return "A CPU has no fast FP16 units, so training runs in FP32."
+        if not any(torch.cpu.get_capabilities().get(units) for units in ("avx512_bf16", "amx_bf16")):
+            return None, "This CPU has no units for 16 bits, so training runs in FP32."
+        if any(getattr(module, "groups", 1) > 1 for module in network.modules()):
+            return None, "On a CPU grouped convolutions take longer in BF16, so training runs in FP32."
+        return torch.bfloat16, "This CPU has BF16 units. BF16 has the range of FP32, so no loss scaling is needed."
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        return "This GPU is older than compute capability 7.0 and has no tensor cores, so training runs in FP32."
-    return None
+        return None, "This GPU is older than compute capability 7.0 and has no tensor cores, so training runs in FP32."
+    return torch.float16, "FP16 with loss scaling."
 
 
 @functools.cache
@@ -445,31 +452,35 @@ def load_data(flags: SimpleNamespace, device: torch.device) -> tuple[Data, str]:
 RANDOM_NUMBERS = 14  # uniform numbers that decide one image's augmentation
 
 
+@functools.cache
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """A small tensor, copied to the device once: a copy in every batch would make the host wait for a GPU."""
+    return torch.tensor(values, device=device)
+
+
 def colour_matrix(images: Tensor, model: Model, random: Tensor | None) -> tuple[Tensor, Tensor]:
     """Colour jitter and normalisation as one matrix [n, 3, 3] and offset [n, 3, 1] for pixels 0 to 255.
 
     Brightness and contrast vary by 30 %, saturation by 50 %. All three are linear in the pixel, so a single
     matrix product does them. Without random numbers it only normalises.
     """
-    grey = images.new_tensor([0.299, 0.587, 0.114])  # ITU-R BT.601 luma
-    matrix = torch.eye(3, device=images.device).repeat(len(images), 1, 1)
-    offset = torch.zeros(len(images), 3, 1, device=images.device)
+    matrix, offset = torch.eye(3, device=images.device).expand(len(images), 3, 3), 0.0
     if random is not None:
-        brightness, contrast, saturation = (1 + (random[:, 6:9] * 2 - 1) * images.new_tensor([0.3, 0.3, 0.5])).unbind(1)
-        matrix = matrix.lerp(grey.expand(3, 3), (1 - saturation)[:, None, None]) * (brightness * contrast)[:, None, None]
-        average = (images.mean((2, 3)) @ grey)[:, None, None]
-        offset = offset + brightness[:, None, None] * (1 - contrast)[:, None, None] * average
-    return matrix / (255 * model.std[:, None]), (offset / 255 - model.mean[:, None]) / model.std[:, None]
+        grey = constant((0.299, 0.587, 0.114), images.device)  # ITU-R BT.601 luma
+        jitter = 1 + (random[:, 6:9] * 2 - 1) * constant((0.3, 0.3, 0.5), images.device)
+        brightness, contrast, saturation = jitter[:, :, None, None].unbind(1)
+        matrix = matrix.lerp(grey.expand(3, 3), 1 - saturation) * (brightness * contrast)
+        offset = brightness * (1 - contrast) * (images.mean((2, 3)) @ grey)[:, None, None] / 255
+    return matrix / (255 * model.std[:, None]), ((offset - model.mean[:, None]) / model.std[:, None]).expand(len(images), 3, 1)
 
 
 def sample(images: Tensor, window: Tensor, size: int, matrix: Tensor, offset: Tensor) -> Tensor:
     """Recolour, then cut the window [n, 2, 3] out of each image: float [n, 3, size, size]."""
-    shape = images.shape
-    images = torch.baddbmm(offset, matrix, images.flatten(2)).view(shape)
+    images = torch.baddbmm(offset, matrix, images.flatten(2)).view(images.shape)
     line = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1
     down = window[:, :, 1, None] * line + window[:, :, 2, None]  # a sum of a row and a column: F.affine_grid's
     grid = window[:, :, 0, None, None] * line + down[..., None]  # matrix product costs more than the sampling
-    return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="reflection", align_corners=False)
+    return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
 
 
 def augment(images: Tensor, random: Tensor, size: int, model: Model, flip: bool) -> Tensor:
@@ -479,28 +490,27 @@ def augment(images: Tensor, random: Tensor, size: int, model: Model, flip: bool)
     erasing (Zhong et al., 2017). Every random choice is in `random`: an image's view doesn't depend on the
     batch it is in, and no generator has to be saved to repeat it.
     """
-    images = images.float()
-    area, aspect = 0.4 + 0.6 * random[:, 0], ((random[:, 1] * 2 - 1) * math.log(4 / 3)).exp()
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    left, top = (random[:, 2] * 2 - 1) * (1 - width), (random[:, 3] * 2 - 1) * (1 - height)
-    mirror = torch.where(random[:, 4] < 0.5, -1.0, 1.0) if flip else torch.ones_like(width)
-    turn = (random[:, 5] * 2 - 1) * math.radians(10)
-    window = torch.stack([width * mirror * turn.cos(), -width * turn.sin(), left,
-                          height * mirror * turn.sin(), height * turn.cos(), top], dim=1).view(-1, 2, 3)
+    images, signed = images.float(), random * 2 - 1
+    aspect = (signed[:, 1:2] * constant((1.0, -1.0), images.device) * math.log(4 / 3)).exp()
+    extent = ((0.4 + 0.6 * random[:, :1]) * aspect).sqrt().clamp(max=1)[:, :, None]  # width and height of the crop
+    turn = signed[:, 5] * math.radians(10)
+    rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], dim=1).view(-1, 2, 2)
+    window = torch.cat([extent * rotation, signed[:, 2:4, None] * (1 - extent)], dim=2)
+    if flip:
+        window[:, :, 0] *= torch.where(random[:, 4:5] < 0.5, -1.0, 1.0)
     images = sample(images, window, size, *colour_matrix(images, model, random))
+    half = torch.where(random[:, 9:10] < 0.25, 0.05 + 0.15 * random[:, 10:12], -1.0)  # erase in a quarter of them
     line = torch.linspace(0, 1, size, device=images.device)
-    half = torch.where(random[:, 9] < 0.25, 0.05 + 0.15 * random[:, 10:12].T, -1.0)[:, :, None]  # a quarter of them
-    across = (line - random[:, 12, None]).abs() < half[0]
-    down = (line - random[:, 13, None]).abs() < half[1]
-    erased = (down.float()[:, :, None] * across.float()[:, None, :])[:, None]
-    return images.mul_(1 - erased).contiguous(memory_format=torch.channels_last)
+    across, down = ((line - random[:, 12:14, None]).abs() < half[:, :, None]).float().unbind(1)
+    kept = 1 - across[:, None, None, :] * down[:, None, :, None]
+    return images.mul_(kept).contiguous(memory_format=torch.channels_last)
 
 
 def view(images: Tensor, size: int, model: Model, zoom: float = 1.0, mirror: bool = False) -> Tensor:
     """One deterministic view: the middle at the stored scale, optionally zoomed or mirrored, normalised."""
     images = images.float()
     share = min(1.0, size / images.shape[-1]) / zoom
-    window = images.new_tensor([[-share if mirror else share, 0, 0], [0, share, 0]]).expand(len(images), 2, 3)
+    window = constant(((-share if mirror else share, 0.0, 0.0), (0.0, share, 0.0)), images.device).expand(len(images), 2, 3)
     images = sample(images, window, size, *colour_matrix(images, model, None))
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -698,21 +708,21 @@ def make_optimizer(model: Model, flags: SimpleNamespace) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=flags.BASE_LEARNING_RATE, fused=True)
 
 
-def make_scaler(device: torch.device, mixed: bool) -> torch.amp.GradScaler:
-    """Loss scaling for FP16. In FP32 the scale stays 1, and what remains is that a non-finite update is skipped."""
-    if mixed:
+def make_scaler(device: torch.device, mixed: Precision) -> torch.amp.GradScaler:
+    """Loss scaling for FP16. Else the scale stays 1, and what remains is that a non-finite update is skipped."""
+    if mixed == torch.float16:
         return torch.amp.GradScaler(device.type)
     return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**30)
 
 
-def precision(device: torch.device, mixed: bool) -> contextlib.AbstractContextManager:
-    """Mixed precision: matrix products in FP16, what needs range (norms, softmax) in FP32. Off: all in FP32."""
-    return torch.autocast(device.type, torch.float16) if mixed else contextlib.nullcontext()
+def precision(device: torch.device, mixed: Precision) -> contextlib.AbstractContextManager:
+    """Mixed precision: matrix products in 16 bits, what needs exactness (norms, softmax) in FP32. None: all in FP32."""
+    return torch.autocast(device.type, mixed) if mixed else contextlib.nullcontext()
 
 
 def apply_update(network: nn.Module, micro_batches: Iterable[tuple[Tensor, Tensor]], images: int,
                  optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, rates: list[float],
-                 mixed: bool, label_smoothing: float) -> Tensor:
+                 mixed: Precision, label_smoothing: float) -> Tensor:
     """One optimiser update from several micro-batches; returns [sum of losses, correct, skipped] on the device.
 
     micro_batches yields inputs [n, ...] of the network and labels [n]; images is the sum of their n.
@@ -774,7 +784,7 @@ def views_to_keep(model: Model, learning: int, images: int, flags: SimpleNamespa
 
 
 @torch.no_grad()
-def cached_batches(model: Model, data: Data, view: int, windows: tuple[Tensor, ...], random: Tensor, mixed: bool,
+def cached_batches(model: Model, data: Data, view: int, windows: tuple[Tensor, ...], random: Tensor, mixed: Precision,
                    flags: SimpleNamespace) -> list[list[tuple[Tensor, Tensor]]]:
     """For each update of the epoch one micro-batch of features and labels, computed once for each view.
 
@@ -791,7 +801,7 @@ def cached_batches(model: Model, data: Data, view: int, windows: tuple[Tensor, .
 
 
 def train_epoch(model: Model, data: Data, epoch: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                mixed: bool, flags: SimpleNamespace) -> dict[str, Any]:
+                mixed: Precision, flags: SimpleNamespace) -> dict[str, Any]:
     """Train for one epoch, counted from 0; returns its entry for results.json without the validation figures."""
     started, learning = time.perf_counter(), groups_trained(epoch, flags.NUM_EPOCHS, model)
     trainable, images = unfreeze(model, learning), len(data.split["train"])
@@ -818,7 +828,7 @@ def train_epoch(model: Model, data: Data, epoch: int, optimizer: torch.optim.Opt
                 train_accuracy=correct / images, skipped_updates=int(skipped), seconds=time.perf_counter() - started)
 
 
-def train_model(model: Model, data: Data, mixed: bool, flags: SimpleNamespace) -> list[dict[str, Any]]:
+def train_model(model: Model, data: Data, mixed: Precision, flags: SimpleNamespace) -> list[dict[str, Any]]:
     """Train through all epochs and stages, one printed line an epoch; returns the epochs' entries."""
     optimizer, scaler, epochs = make_optimizer(model, flags), make_scaler(model.mean.device, mixed), []
     for epoch in range(flags.NUM_EPOCHS):
@@ -839,7 +849,7 @@ VIEWS = (dict(), dict(mirror=True), dict(zoom=1.1), dict(zoom=1.1, mirror=True))
 
 
 @torch.no_grad()
-def answers(network: Callable[[Tensor], Tensor], model: Model, data: Data, role: str, views: Iterable[dict], mixed: bool,
+def answers(network: Callable[[Tensor], Tensor], model: Model, data: Data, role: str, views: Iterable[dict], mixed: Precision,
             flags: SimpleNamespace) -> Tensor:
     """What the network, or a part of it, answers to each view: float32 [views, n, ...], in the order of data.split[role]."""
     model.network.eval()
@@ -851,13 +861,13 @@ def answers(network: Callable[[Tensor], Tensor], model: Model, data: Data, role:
     return torch.cat(parts, dim=1)
 
 
-def predict(model: Model, data: Data, role: str, views: Iterable[dict], mixed: bool, flags: SimpleNamespace) -> Tensor:
+def predict(model: Model, data: Data, role: str, views: Iterable[dict], mixed: Precision, flags: SimpleNamespace) -> Tensor:
     """Probabilities of each view, float32 [views, n, classes] on the CPU, in the order of data.split[role]."""
     return answers(model.network, model, data, role, views, mixed, flags).softmax(-1).cpu()
 
 
 @torch.no_grad()
-def validate(model: Model, data: Data, mixed: bool, flags: SimpleNamespace) -> Tensor:
+def validate(model: Model, data: Data, mixed: Precision, flags: SimpleNamespace) -> Tensor:
     """Probabilities of the validation images [n, classes], from their cached features while only the head learns."""
     if not model.features:
         return predict(model, data, "validation", VIEWS[:1], mixed, flags)[0]
@@ -895,11 +905,10 @@ def evaluate_ensemble(plain: list[Tensor], averaged: list[Tensor], best: float, 
 # ==== 7. Measuring speed ============================================================================================
 
 
-def measure_update(model: Model, data: Data, count: int, mixed: bool, flags: SimpleNamespace) -> tuple[float, int]:
+def measure_update(model: Model, data: Data, count: int, mixed: Precision, flags: SimpleNamespace) -> tuple[float, int | None]:
     """Images/s of updates that train `count` layer groups, the median of three, and peak memory in bytes.
 
-    The updates have a rate of 0, but BatchNorm's statistics move: the model is spent. Memory is 0 where the
-    device doesn't count it.
+    The updates have a rate of 0, but BatchNorm's statistics move: the model is spent. Memory is None on a CPU.
     """
     device = model.mean.device
     unfreeze(model, count)
@@ -915,7 +924,7 @@ def measure_update(model: Model, data: Data, count: int, mixed: bool, flags: Sim
         if accelerated:
             torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - started)
-    return len(windows[0]) / sorted(seconds[1:])[1], torch.accelerator.max_memory_allocated() if accelerated else 0
+    return len(windows[0]) / sorted(seconds[1:])[1], torch.accelerator.max_memory_allocated() if accelerated else None
 
 
 def flops_per_image(model: Model, size: int) -> tuple[int, int]:
@@ -938,10 +947,10 @@ def flops_per_image(model: Model, size: int) -> tuple[int, int]:
 
 
 @functools.cache
-def matrix_product_peak(device: torch.device, mixed: bool) -> float:
+def matrix_product_peak(device: torch.device, mixed: Precision) -> float:
     """Floating-point operations a second of one large matrix product: the most that training could reach."""
     side, best = 2048 if device.type == "cpu" else 8192, math.inf
-    factor = torch.rand(side, side, device=device, dtype=torch.float16 if mixed else torch.float32)
+    factor = torch.rand(side, side, device=device, dtype=mixed or torch.float32)
     for _ in range(6):
         started = time.perf_counter()
         factor @ factor
@@ -951,7 +960,7 @@ def matrix_product_peak(device: torch.device, mixed: bool) -> float:
     return 2 * side**3 / best
 
 
-def peak_share(model: Model, part: list[dict[str, Any]], images: int, mixed: bool, flags: SimpleNamespace) -> float:
+def peak_share(model: Model, part: list[dict[str, Any]], images: int, mixed: Precision, flags: SimpleNamespace) -> float:
     """The share of the device's matrix-product peak that training reached in the epochs of one stage."""
     learning = groups_trained(part[0]["epoch"] - 1, flags.NUM_EPOCHS, model)
     unfreeze(model, learning)
@@ -961,25 +970,22 @@ def peak_share(model: Model, part: list[dict[str, Any]], images: int, mixed: boo
     return operations / sum(entry["seconds"] for entry in part) / matrix_product_peak(model.mean.device, mixed)
 
 
-def measure_speed(model: Model, data: Data, epochs: list[dict[str, Any]], seconds: dict[str, float], why: str | None,
-                  flags: SimpleNamespace) -> dict[str, Any]:
+def measure_speed(model: Model, data: Data, epochs: list[dict[str, Any]], seconds: dict[str, float],
+                  mixed: Precision, why: str, flags: SimpleNamespace) -> dict[str, Any]:
     """The speed section of one model: stages, freezing, test-time augmentation, mixed precision, what is left."""
-    images, mixed, everything = len(data.split["train"]), why is None, len(model.groups)
+    images, everything = len(data.split["train"]), len(model.groups)
     stages = {str(stage): [entry for entry in epochs if entry["stage"] == stage]
               for stage in sorted({entry["stage"] for entry in epochs})}
     by_stage = {stage: images * len(part) / sum(entry["seconds"] for entry in part) for stage, part in stages.items()}
     shares = {stage: peak_share(model, part, images, mixed, flags) for stage, part in stages.items()}
-    all_layers, memory = measure_update(model, data, everything, mixed, flags)
-    full = dict(images_per_second_by_stage=by_stage, images_per_second_all_layers=all_layers,
-                freezing_saves=1 - all_layers * sum(entry["seconds"] for entry in epochs) / (images * len(epochs)),
+    fp32, fp32_memory = measure_update(model, data, everything, None, flags)
+    half, half_memory = measure_update(model, data, everything, mixed, flags) if mixed else (None, None)
+    return dict(images_per_second_by_stage=by_stage, images_per_second_all_layers=half or fp32,
+                freezing_saves=1 - (half or fp32) * sum(entry["seconds"] for entry in epochs) / (images * len(epochs)),
                 peak_flops=matrix_product_peak(model.mean.device, mixed), peak_share_by_stage=shares,
-                plain_seconds=seconds["plain"], tta_seconds=seconds["tta"])
-    if not mixed:
-        return full | dict(fp32_images_per_second=all_layers, fp16_images_per_second=None, fp32_peak_bytes=None,
-                           fp16_peak_bytes=None, why=why)
-    fp32, fp32_memory = measure_update(model, data, everything, False, flags)
-    return full | dict(fp32_images_per_second=fp32, fp16_images_per_second=all_layers, fp32_peak_bytes=fp32_memory,
-                       fp16_peak_bytes=memory, why=None)
+                plain_seconds=seconds["plain"], tta_seconds=seconds["tta"], precision=str(mixed or torch.float32)[6:],
+                fp32_images_per_second=fp32, fp32_peak_bytes=fp32_memory,
+                mixed_images_per_second=half, mixed_peak_bytes=half_memory, why=why)
 
 
 # ==== 8. Report and plots ===========================================================================================
@@ -1032,12 +1038,13 @@ def speed_table(results: dict[str, Any]) -> list[str]:
             lines.append(f"  {skipped} updates had gradients that were not finite, and were skipped.")
         if speed["tta_seconds"]:
             lines.append(f"  TTA: {speed['tta_seconds']:.1f} s for the test images instead of {speed['plain_seconds']:.1f} s.")
-        if speed["why"]:
-            lines.append(f"  FP32 against FP16: not measured. {speed['why']}")
-        else:
-            lines.append(f"  FP32 against FP16, all layers: {speed['fp32_images_per_second']:.0f} and "
-                         f"{speed['fp16_images_per_second']:.0f} images/s, peak memory "
-                         f"{speed['fp32_peak_bytes'] / 1e9:.2f} and {speed['fp16_peak_bytes'] / 1e9:.2f} GB.")
+        comparison = f"  Mixed precision: {speed['why']}"
+        if speed["mixed_images_per_second"]:
+            comparison += (f" All layers: {speed['mixed_images_per_second']:.0f} images/s, and in FP32 "
+                           f"{speed['fp32_images_per_second']:.0f}.")
+        if speed["mixed_peak_bytes"]:
+            comparison += f" Peak memory: {speed['mixed_peak_bytes'] / 1e9:.2f} and {speed['fp32_peak_bytes'] / 1e9:.2f} GB."
+        lines.append(comparison)
     return lines
 
 
@@ -1171,10 +1178,11 @@ def plot_predictions(probabilities: Tensor, data: Data) -> Figure:
 # ==== 9. The run ====================================================================================================
 
 
-def run_model(model: Model, data: Data, why: str | None, flags: SimpleNamespace) -> tuple[dict, dict, Tensor, Tensor]:
+def run_model(model: Model, data: Data, flags: SimpleNamespace) -> tuple[dict, dict, Tensor, Tensor]:
     """Train, test and time one model: its entry in results.json, its speed, probabilities plain and with TTA."""
-    print(f"\n{model.name}: {model.weights.origin}", flush=True)
-    mixed, started = why is None, time.perf_counter()
+    mixed, why = choose_precision(model.network, model.mean.device, flags)
+    print(f"\n{model.name}: {model.weights.origin}. {why}", flush=True)
+    started = time.perf_counter()
     epochs = train_model(model, data, mixed, flags)
     seconds = time.perf_counter() - started
     started = time.perf_counter()
@@ -1192,7 +1200,7 @@ def run_model(model: Model, data: Data, why: str | None, flags: SimpleNamespace)
     times = dict(plain=spent / len(views), tta=spent if flags.USE_TTA else None)
     torch.save(dict(architecture=model.weights.architecture, classes=data.classes, image_size=flags.IMAGE_SIZE,
                     state_dict=model.network.state_dict()), Path(flags.OUTPUT_DIR, "checkpoints", f"{model.name}.pt"))
-    speed = measure_speed(model, data, epochs, times, why, flags)
+    speed = measure_speed(model, data, epochs, times, mixed, why, flags)
     return entry, speed, plain, averaged
 
 
@@ -1209,18 +1217,16 @@ def main(arguments: list[str] | None = None) -> None:
     flags = small_profile(read_flags(arguments), device)
     folder = Path(flags.OUTPUT_DIR)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    why = why_not_mixed(flags, device)
     data, notice = load_data(flags, device)
-    notices = [notice, *([why] if why else [])]
     weights = [find_weights(name, flags.PRETRAINED) for name in flags.ARCHITECTURES]
-    notices += weight_notices(weights)
+    notices = [notice, *weight_notices(weights)]
     print("\n".join(notices), flush=True)
 
     entries, speeds, plain, averaged = [], {}, [], []
     for index, (name, source) in enumerate(zip(flags.ARCHITECTURES, weights, strict=True)):
         title = f"{name}_{index + 1}" if flags.ARCHITECTURES.count(name) > 1 else name
         model = build_model(title, source, len(data.classes), flags.SEED + index, flags, device)
-        entry, speeds[title], single, with_views = run_model(model, data, why, flags)
+        entry, speeds[title], single, with_views = run_model(model, data, flags)
         entries, plain, averaged = [*entries, entry], [*plain, single], [*averaged, with_views]
 
     best = max(entry["test_accuracy"] for entry in entries)

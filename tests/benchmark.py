@@ -131,11 +131,12 @@ def trainer(model: at.Model, data: at.Data, flags: SimpleNamespace) -> dict[str,
         return answer
 
     at.micro_batches, at.validate = timed_batches, timed_validate
+    mixed, _ = at.choose_precision(model.network, model.mean.device, flags)
     started = time.perf_counter()
-    epochs = at.train_model(model, data, False, flags)
+    epochs = at.train_model(model, data, mixed, flags)
     memory = peak_memory()
     at.micro_batches = produce
-    test = at.score(at.predict(model, data, "test", [{}], False, flags)[0], data, "test")[1]
+    test = at.score(at.predict(model, data, "test", [{}], mixed, flags)[0], data, "test")[1]
     windows, random = at.epoch_plan(data, 0, 0, flags)
     asked = time.perf_counter()
     augmented = sum(len(labels) for _, labels in at.micro_batches(data, torch.cat(windows), random, model, flags))

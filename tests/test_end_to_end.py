@@ -45,7 +45,8 @@ def test_shapes_with_all_techniques_twice_give_the_same_numbers(script, tmp_path
         assert [entry["stage"] for entry in model["epochs"]] in ([1, 2, 3, 4], [1, 1, 1, 1])
         speed = results["speed"][model["name"]]
         assert speed["images_per_second_all_layers"] > 0
-        assert (speed["fp16_images_per_second"] is None) == bool(speed["why"])
+        assert (speed["mixed_images_per_second"] is None) == (speed["precision"] == "float32") and speed["why"]
+        assert all(0 < share < 2 for share in speed["peak_share_by_stage"].values()) and speed["peak_flops"] > 1e9
     best = max(model["test_accuracy"] for model in results["models"])
     assert results["ensemble"]["gain_over_best"] == pytest.approx(results["ensemble"]["accuracy"] - best)
 

@@ -51,7 +51,7 @@ def same(left, right) -> bool:
     return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
-@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("mixed", [torch.float16, None])
 def test_an_overflowing_update_is_skipped_and_counted_and_the_next_goes_through(tiny, mixed):
     optimizer, scaler = at.make_optimizer(tiny, quick_flags()), at.make_scaler(CPU, mixed)
     scale = scaler.get_scale()
@@ -75,8 +75,9 @@ def test_an_overflowing_update_is_skipped_and_counted_and_the_next_goes_through(
 def test_float16_really_computes_in_float16(tiny):
     kinds = []
     tiny.network.head.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
-    optimizer, scaler = at.make_optimizer(tiny, quick_flags()), at.make_scaler(CPU, True)
-    at.apply_update(tiny.network, [(torch.randn(2, 3, 20, 20), torch.arange(2))], 2, optimizer, scaler, [0.1, 0.1], True, 0.0)
+    optimizer, scaler = at.make_optimizer(tiny, quick_flags()), at.make_scaler(CPU, torch.float16)
+    batches = [(torch.randn(2, 3, 20, 20), torch.arange(2))]
+    at.apply_update(tiny.network, batches, 2, optimizer, scaler, [0.1, 0.1], torch.float16, 0.0)
     assert kinds == [torch.float16]
 
 
