@@ -854,7 +854,7 @@ def answers(network: Callable[[Tensor], Tensor], model: Model, data: Data, role:
     """What the network, or a part of it, answers to each view: float32 [views, n, ...], in the order of data.split[role]."""
     model.network.eval()
     device, parts = model.mean.device, []
-    for batch in progress(data.split[role].split(4 * flags.BATCH_SIZE), role):  # nothing is kept for a backward pass
+    for batch in progress(data.split[role].split(flags.BATCH_SIZE), role):
         images, _ = data.fetch(batch, device)
         with precision(device, mixed):
             parts.append(torch.stack([network(view(images, flags.IMAGE_SIZE, model, **options)) for options in views]).float())
