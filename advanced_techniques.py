@@ -2,6 +2,7 @@
 
     python advanced_techniques.py                            # the whole lesson, on the best data set at hand
     python advanced_techniques.py --dataset path/to/folder   # your own images, a folder a class
+    python advanced_techniques.py --predict path/to/images   # use what was trained
     python advanced_techniques.py --help                     # every flag
 
 It fine-tunes ImageNet-pretrained backbones with mixed precision, gradient accumulation, cosine annealing,
@@ -13,9 +14,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import ctypes
+import difflib
 import functools
 import gzip
+import io
 import json
 import math
 import os
@@ -26,12 +30,14 @@ import textwrap
 import time
 import urllib.error
 import urllib.request
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import timm
@@ -42,8 +48,9 @@ from huggingface_hub import try_to_load_from_cache
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from timm.models import group_parameters
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -71,70 +78,130 @@ USE_TTA = True  # average the predictions over several views of each test image
 USE_ENSEMBLE = True  # average the predictions of all the models
 COMPILE = False  # torch.compile: faster on a GPU once minutes of compiling have passed; seldom worth it on a CPU
 HORIZONTAL_FLIP = True  # mirror images in training and TTA; off where left and right matter (text, digits)
+SKIP_UNREADABLE = False  # leave files out that can't be read as images, and count them, instead of stopping
+RESUME = False  # go on where an interrupted run with the same flags and images was, epoch by epoch
+PREDICT = ""  # an image or a folder to classify with the models in OUTPUT_DIR, instead of training
 MEMORY_GB = 4.0  # decoded images larger than this go to a memory-mapped file under DATA_DIR
 DATA_DIR = "data"  # downloads and caches
 OUTPUT_DIR = "outputs"  # report, plots, checkpoints
 
-FLAGS = {name: value for name, value in list(globals().items())
-         if name.isupper() and isinstance(value, int | float | str | tuple)}
+FLAGS = {name: value for name, value in list(globals().items()) if re.fullmatch("[A-Z_]{2,}", name)}
 
-# ==== 2. Setting up: flags, device, network =========================================================================
+# ==== 2. Setting up: flags, processes, device, files ================================================================
+
+DATASETS = ("auto", "cifar10", "fashion_mnist", "shapes")
+NUMBERS = {  # flag: its type, the lowest and the highest value; what is not here and no text below is true or false
+    "BATCH_SIZE": (int, 1, 10**5), "NUM_EPOCHS": (int, 1, 10**5), "GRADIENT_ACCUMULATION_STEPS": (int, 1, 10**5),
+    "SEED": (int, 0, 2**31), "IMAGE_SIZE": (int, 0, 4096), "TRAIN_IMAGES": (int, 0, 10**9), "TEST_IMAGES": (int, 0, 10**9),
+    "FEATURE_VIEWS": (int, 0, 1000), "BASE_LEARNING_RATE": (float, 1e-8, 1), "LAYER_RATE_DECAY": (float, 0.001, 1),
+    "WEIGHT_DECAY": (float, 0, 10), "LABEL_SMOOTHING": (float, 0, 0.9), "MEMORY_GB": (float, 0, 10**6)}
+TEXTS = ("DATASET", "PRETRAINED", "PREDICT", "DATA_DIR", "OUTPUT_DIR")
+
+# torchrun tells each of its processes how many they are, which one this is, and which one on this machine.
+PROCESSES, RANK, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
+                               (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
 
 
-def stop(message: str) -> NoReturn:
-    """End the program with exit code 2 and one plain message on the error stream."""
-    print(f"advanced_techniques.py: {message}", file=sys.stderr)
+def say(*lines: str) -> None:
+    """Print for the user, from one process only."""
+    if RANK == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+def stop(message: str, everywhere: bool = False) -> NoReturn:
+    """End the program with exit code 2 and one plain message on the error stream: of one process a machine, or of each."""
+    if LOCAL_RANK == 0 or everywhere:
+        print(f"advanced_techniques.py: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
-def parse_as(default: Any, text: str) -> Any:
-    """Read a flag's text as the type of its default; raises argparse.ArgumentTypeError in plain words."""
-    if isinstance(default, bool):
-        if text.lower() not in ("true", "false"):
-            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-        return text.lower() == "true"
-    if isinstance(default, tuple):
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """A sentence that names the known word that was probably meant, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def parse_flag(name: str, text: str) -> Any:
+    """Read a flag's value; what can't be read stays text, for check_flags to refuse."""
+    if name in TEXTS:
+        return text
+    if name == "ARCHITECTURES":
         return tuple(part.strip() for part in text.split(",") if part.strip())
-    try:
-        return type(default)(text)
-    except ValueError as error:
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {kind}") from error
+    if name in NUMBERS:
+        with contextlib.suppress(ValueError):
+            return NUMBERS[name][0](text)
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def read_flags(arguments: list[str] | None = None) -> SimpleNamespace:
-    """The constants above, with the command line's values over them. --help lists them with their comments."""
+    """The constants above, with the command line's values over them, checked. --help lists them with their comments."""
     comments = dict(re.findall(r"^([A-Z_]+) = .*?  # (.*)$", Path(__file__).read_text("utf-8"), re.MULTILINE))
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in FLAGS.items():
         shown = ",".join(default) if isinstance(default, tuple) else default
         parser.add_argument("--" + name.lower().replace("_", "-"), dest=name, metavar="VALUE", default=default,
-                            type=functools.partial(parse_as, default),
-                            help=f"{comments[name]} (default: {shown})".replace("%", "%%"))
+                            type=functools.partial(parse_flag, name),
+                            help=f"{comments.get(name, '')} (default: {shown})".replace("%", "%%"))
     parser.error = stop
-    flags = SimpleNamespace(**vars(parser.parse_args(arguments)))
+    values, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        stop(f"{word} is not a flag.{suggestion(word, parser._option_string_actions)} --help lists them all.")
+    flags = SimpleNamespace(**vars(values))
+    if isinstance(flags.ARCHITECTURES, str | list):
+        flags.ARCHITECTURES = parse_flag("ARCHITECTURES", ",".join([flags.ARCHITECTURES] if isinstance(
+            flags.ARCHITECTURES, str) else flags.ARCHITECTURES))
     check_flags(flags)
     return flags
 
 
 def check_flags(flags: SimpleNamespace) -> None:
-    """Stop with a plain message if a flag has a value that can't work."""
-    at_least = dict(BATCH_SIZE=1, NUM_EPOCHS=1, GRADIENT_ACCUMULATION_STEPS=1, IMAGE_SIZE=0, TRAIN_IMAGES=0,
-                    TEST_IMAGES=0, SEED=0, WEIGHT_DECAY=0.0, FEATURE_VIEWS=0)
-    for name, low in at_least.items():
-        if not low <= getattr(flags, name) < math.inf:
-            stop(f"{name} = {getattr(flags, name)}: it has to be {low} or more.")
-    for name, high in dict(BASE_LEARNING_RATE=1.0, LAYER_RATE_DECAY=1.0, MEMORY_GB=math.inf).items():
-        if not 0 < getattr(flags, name) <= high:
-            stop(f"{name} = {getattr(flags, name)}: it has to be more than 0 and at most {high}.")
-    if not 0 <= flags.LABEL_SMOOTHING < 1:
-        stop(f"LABEL_SMOOTHING = {flags.LABEL_SMOOTHING}: it has to be from 0 to below 1.")
+    """Stop with a plain message, before anything is loaded or built, if a flag has a value that can't work."""
+    for name, value in vars(flags).items():
+        shown = f"{name} = {value}"
+        if name in NUMBERS:
+            kind, low, high = NUMBERS[name]
+            if type(value) not in (kind, int) or not low <= value <= high:
+                stop(f"{shown}: it has to be a {'whole ' * (kind is int)}number from {low:g} to {high:,}.")
+        elif name not in (*TEXTS, "ARCHITECTURES") and type(value) is not bool:
+            stop(f"{shown}: it has to be true or false.")
     if not flags.ARCHITECTURES:
         stop("ARCHITECTURES is empty: name at least one timm model, such as resnet18.")
     for name in flags.ARCHITECTURES:
         if not timm.is_model(name):
-            stop(f"ARCHITECTURES: timm knows no model {name!r}; timm.list_models() lists all names.")
+            stop(f"ARCHITECTURES: timm knows no model {name!r}.{suggestion(name, timm.list_models())} "
+                 "timm.list_models() lists all names.")
+    if flags.PREDICT and not Path(flags.PREDICT).exists():
+        stop(f"PREDICT = {flags.PREDICT}: there is no such image or folder.")
+    if flags.PRETRAINED not in ("auto", "none") and not Path(flags.PRETRAINED).exists():
+        stop(f"PRETRAINED = {flags.PRETRAINED}: neither auto, none nor an existing file or folder."
+             + suggestion(flags.PRETRAINED, ("auto", "none")))
+    if flags.DATASET not in DATASETS:
+        if not Path(flags.DATASET).is_dir():
+            stop(f"DATASET = {flags.DATASET}: neither {', '.join(DATASETS)} nor an existing folder."
+                 + suggestion(flags.DATASET, DATASETS))
+        for name in ("DATA_DIR", "OUTPUT_DIR"):
+            if Path(getattr(flags, name)).resolve().is_relative_to(Path(flags.DATASET).resolve()):
+                stop(f"{name} = {getattr(flags, name)}: it lies in DATASET = {flags.DATASET}, where nothing is ever "
+                     f"written. Choose a folder elsewhere with --{name.lower().replace('_', '-')}.")
+    if flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS < PROCESSES:
+        stop(f"BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS = {flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS}: fewer "
+             f"images in an update than the {PROCESSES} processes. Raise one of them, or start fewer processes.")
+
+
+def check_image_size(flags: SimpleNamespace) -> None:
+    """Stop if an architecture can't train on images of this size: tried without data, on the meta device."""
+    for name in flags.ARCHITECTURES:
+        try:
+            with torch.device("meta"):
+                network = new_network(name, 2, flags.IMAGE_SIZE)
+                network(torch.zeros(flags.BATCH_SIZE, 3, flags.IMAGE_SIZE, flags.IMAGE_SIZE))
+        except NotImplementedError:
+            continue  # a layer that the meta device lacks: the real device will tell
+        except (AssertionError, RuntimeError, ValueError) as error:
+            stop(f"IMAGE_SIZE = {flags.IMAGE_SIZE}, BATCH_SIZE = {flags.BATCH_SIZE}: {name} can't train on such batches "
+                 f"({str(error).splitlines()[0].rstrip('.')}). Choose other values, such as the size 96 or 224.")
 
 
 def choose_device() -> torch.device:
@@ -144,9 +211,62 @@ def choose_device() -> torch.device:
             for parameter, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of mallopt(3)
                 ctypes.CDLL(None).mallopt(parameter, size)
         return torch.device("cpu")
+    if torch.accelerator.device_count() <= LOCAL_RANK:
+        stop(f"--nproc_per_node: more processes than the {torch.accelerator.device_count()} accelerators of this machine.")
+    torch.accelerator.set_device_index(LOCAL_RANK)
     torch.backends.cudnn.benchmark = True  # image sizes are fixed, so the fastest convolution is worth a search
     torch.set_float32_matmul_precision("high")  # TF32 where there is any: 10 bits of mantissa suffice to train
-    return torch.accelerator.current_accelerator()
+    return torch.device(torch.accelerator.current_accelerator().type, LOCAL_RANK)
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes that torchrun started, on this machine and others."""
+    if PROCESSES > 1:
+        distributed.init_process_group(distributed.get_default_backend_for_device(device))
+
+
+def from_first_process(make: Callable[[], Any]) -> Any:
+    """What make() returns in the first process, for all of them."""
+    box = [make() if RANK == 0 else None]
+    if PROCESSES > 1:
+        distributed.broadcast_object_list(box)
+    return box[0]
+
+
+@contextlib.contextmanager
+def first_on_each_machine() -> Iterator[bool]:
+    """Let the first process of each machine go ahead, and the others through once it is done; yields who this is."""
+    if LOCAL_RANK and PROCESSES > 1:
+        distributed.barrier()
+    yield LOCAL_RANK == 0
+    if LOCAL_RANK == 0 and PROCESSES > 1:
+        distributed.barrier()
+
+
+def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file so that it is there as a whole or not at all, from one process: a temporary file, renamed."""
+    if RANK:
+        return
+    partial = file.with_name(file.name + ".tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        stop(f"{file} can't be written ({error.strerror or error}). Make room, or choose another folder with --output-dir; "
+             "what was written before is whole, and --resume true goes on from there.")
+
+
+def check_output(flags: SimpleNamespace) -> None:
+    """Stop if the folder for results can't be made or nothing can be written there."""
+    trial = Path(flags.OUTPUT_DIR, "checkpoints", "trial")
+    write_whole(trial, lambda stream: stream.write(b"trial"))
+    trial.unlink(missing_ok=True)
 
 
 def small_profile(flags: SimpleNamespace, device: torch.device) -> SimpleNamespace:
@@ -198,6 +318,7 @@ class Source:
     labels: np.ndarray  # int64 [N]
     roles: np.ndarray  # str [N]: "train", "validation", "test", or "" where the split is ours to make
     read: Callable[[np.ndarray], Tensor]  # indices [n] -> uint8 [n, 3, H, W]
+    unreadable: dict[int, str] = field(default_factory=dict)  # what read() left out: position in its indices -> message
 
 
 @dataclass
@@ -209,11 +330,12 @@ class Data:
     images: Tensor  # uint8 [N, 3, H, W]
     labels: Tensor  # int64 [N], on the images' device
     split: dict[str, Tensor]  # "train", "validation", "test": int64 indices into images
+    fingerprint: int = 0  # tells these images, labels and this split from others
 
     def fetch(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images uint8 [n, 3, H, W] and labels [n] of the given indices, on the device."""
         images, labels = self.images[batch], self.labels[batch]
-        if images.device != device and device.type != "meta":
+        if images.device != device and device.type in ("cuda", "xpu"):
             images = images.pin_memory()  # only a pinned copy can overlap with computing
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
@@ -325,49 +447,87 @@ def decode(path: Path, side: int) -> np.ndarray:
         return np.asarray(image).transpose(2, 0, 1)
 
 
-def image_folder(folder: Path, side: int, cache: Path, memory_gb: float) -> Source:
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and the folders in it, sorted, hidden ones left out; stops if one can't be opened."""
+    def refuse(error: OSError) -> NoReturn:
+        stop(f"{error.filename} can't be opened ({error.strerror}). Give yourself the right to read it, or move it away.")
+
+    return sorted(Path(place, name) for place, _, names in os.walk(folder, onerror=refuse)
+                  for name in names if not name.startswith("."))
+
+
+def decode_all(paths: list[Path], side: int, flags: SimpleNamespace) -> tuple[Tensor, dict[int, str]]:
+    """All the images, uint8 [n, 3, side, side], and a message for each position whose file can't be read."""
+    unreadable: dict[int, str] = {}
+    with first_on_each_machine() as first:
+        images = room_for(len(paths), side, flags, fresh=first)
+
+        def read_one(position: int) -> None:
+            try:
+                images[position] = torch.from_numpy(decode(paths[position], side).copy())
+            except Exception as error:  # Pillow raises nearly anything on a damaged file
+                images[position] = 0
+                unreadable[position] = f"{paths[position]}: {error}"
+
+        if first:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice this size is an error, and is listed
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock, so threads serve
+                list(progress(pool.map(read_one, range(len(paths))), "decoding", len(paths)))
+    return images, from_first_process(lambda: unreadable)
+
+
+def room_for(count: int, side: int, flags: SimpleNamespace, fresh: bool) -> Tensor:
+    """Space for uint8 [count, 3, side, side]: in memory, or in a memory-mapped file where that is too large.
+
+    Several processes share the file: the first on a machine makes it fresh, the others map what it decoded.
+    """
+    size = count * 3 * side * side
+    if size <= flags.MEMORY_GB * 1e9 and PROCESSES == 1:
+        return torch.empty(count, 3, side, side, dtype=torch.uint8)
+    file = Path(flags.DATA_DIR, "decoded_images.bin")
+    if fresh:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.unlink(missing_ok=True)
+            with file.open("wb") as stream:
+                if hasattr(os, "posix_fallocate"):  # on a full disk a mapped file would kill the process later
+                    os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError as error:
+            stop(f"{file} can't be written ({error.strerror}): the decoded images need {size / 1e9:.1f} GB. Make room, choose "
+                 "another folder with --data-dir, or lower TRAIN_IMAGES or IMAGE_SIZE.")
+    return torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8).view(count, 3, side, side)
+
+
+def image_folder(folder: Path, side: int, flags: SimpleNamespace) -> Source:
     """A folder of class folders, or train/ [val/] [test/] folders of class folders. Nothing is written into it."""
     names = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
     parts = {role: next((folder / name for name in tried if (folder / name).is_dir()), None)
              for role, tried in names.items()} if (folder / "train").is_dir() else {"": folder}
-    found = sorted((path, role, path.relative_to(part).parts[0]) for role, part in parts.items() if part
-                   for path in part.rglob("*")
-                   if path.is_file() and path.parent != part and not path.name.startswith("."))
-    classes = sorted({label for _, _, label in found})
+    try:
+        found = {(role, path): files_below(path) for role, part in parts.items() if part
+                 for path in sorted(part.iterdir()) if path.is_dir() and not path.name.startswith(".")}
+    except OSError as error:
+        stop(f"DATASET = {folder}: {error.filename} can't be opened ({error.strerror}). Give yourself the right to read it.")
+    classes = sorted({path.name for _, path in found})
     if len(classes) < 2:
         stop(f"DATASET = {folder}: it has to hold at least two class folders with images; found {classes or 'none'}.")
-    paths = [path for path, _, _ in found]
+    empty = [str(path) for (_, path), files in found.items() if not files]
+    if empty:
+        stop(f"DATASET = {folder}: no images in {', '.join(empty)}. Add some, or remove the empty folder.")
+    paths = [path for files in found.values() for path in files]
+    labels = np.repeat([classes.index(path.name) for _, path in found], [len(files) for files in found.values()])
+    roles = np.repeat([role for role, _ in found], [len(files) for files in found.values()])
 
     def read(chosen: np.ndarray) -> Tensor:
-        images = room_for(len(chosen), side, cache, memory_gb)
-        unreadable = []
-
-        def read_one(position: int) -> None:
-            path = paths[chosen[position]]
-            try:
-                images[position] = torch.from_numpy(decode(path, side).copy())
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                unreadable.append(f"{path}: {error}")
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock, so threads serve
-            list(progress(pool.map(read_one, range(len(chosen))), "decoding", len(chosen)))
-        if unreadable:
-            stop("these files can't be read as images; repair or remove them:\n" + "\n".join(sorted(unreadable)))
+        images, unreadable = decode_all([paths[index] for index in chosen], side, flags)
+        if unreadable and not flags.SKIP_UNREADABLE:
+            stop(f"{len(unreadable)} files can't be read as images. Repair or remove them, or leave them out with "
+                 "--skip-unreadable true:\n" + "\n".join(sorted(unreadable.values())))
+        source.unreadable = unreadable
         return images
 
-    return Source(folder.name, classes, np.array([classes.index(label) for _, _, label in found]),
-                  np.array([role for _, role, _ in found]), read)
-
-
-def room_for(count: int, side: int, cache: Path, memory_gb: float) -> Tensor:
-    """Space for uint8 [count, 3, side, side]: in memory, or in a memory-mapped file where that is too large."""
-    if count * 3 * side * side <= memory_gb * 1e9:
-        return torch.empty(count, 3, side, side, dtype=torch.uint8)
-    cache.mkdir(parents=True, exist_ok=True)
-    file = cache / "decoded_images.bin"
-    file.unlink(missing_ok=True)
-    return torch.from_file(str(file), shared=True, size=count * 3 * side * side, dtype=torch.uint8).view(
-        count, 3, side, side)
+    source = Source(folder.name, classes, labels, roles, read)
+    return source
 
 
 def find_source(flags: SimpleNamespace) -> tuple[Source, str]:
@@ -394,11 +554,8 @@ def find_source(flags: SimpleNamespace) -> tuple[Source, str]:
         with contextlib.suppress(RuntimeError):
             return fashion_mnist(folder, download=False), f"{missing}, so Fashion-MNIST, found here, takes its place."
         return shapes(flags.SEED), f"{missing}, nor is Fashion-MNIST here, so the built-in shapes take its place."
-    if not Path(flags.DATASET).is_dir():
-        stop(f"DATASET = {flags.DATASET}: neither auto, cifar10, fashion_mnist, shapes nor an existing folder.")
     stored = round(flags.IMAGE_SIZE * 8 / 7)  # a margin for random crops, as 256 stored for 224 seen
-    return (image_folder(Path(flags.DATASET), stored, folder, flags.MEMORY_GB),
-            f"DATASET is the folder {flags.DATASET}.")
+    return image_folder(Path(flags.DATASET), stored, flags), f"DATASET is the folder {flags.DATASET}."
 
 
 def stratified_order(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -428,25 +585,56 @@ def split(source: Source, train_limit: int, test_limit: int, seed: int) -> dict[
             count = len(rest) // 5
             chosen[role], rest = rest[:count][: limit or None], rest[count:]
     chosen["train"] = rest[: train_limit or None]
-    for role, part in chosen.items():
-        if len(part) < 2 or len(np.unique(source.labels[chosen["train"]])) < len(source.classes):
-            stop(f"DATASET {source.name}: too few images for a {role} part with every class: {len(source.labels)} "
-                 f"images of {len(source.classes)} classes. Add images, or raise TRAIN_IMAGES.")
+    check_split(source, np.arange(len(source.labels)), chosen)
     return chosen
 
 
-def load_data(flags: SimpleNamespace, device: torch.device) -> tuple[Data, str]:
-    """Find, split and decode the images, each once; on the device if half its free memory holds them."""
-    source, notice = find_source(flags)
+def check_split(source: Source, positions: np.ndarray, parts: dict[str, np.ndarray]) -> None:
+    """Stop unless every part has images and the training part has every class; parts index positions."""
+    learned = np.unique(source.labels[positions[parts["train"]]])
+    for role, part in parts.items():
+        if len(part) < max(2, PROCESSES) or len(learned) < len(source.classes):
+            missing = [name for index, name in enumerate(source.classes) if index not in learned]
+            stop(f"DATASET {source.name}: too few images for a {role} part with every class: {len(positions)} images of "
+                 f"{len(source.classes)} classes{' (none to train on for ' + ', '.join(missing[:9]) + ')' if missing else ''}. "
+                 "Add images, or raise TRAIN_IMAGES.")
+
+
+def load_data(flags: SimpleNamespace, device: torch.device) -> tuple[Data, list[str]]:
+    """Find, split and decode the images, each once; on the device if half its free memory holds them. And notices."""
+    with first_on_each_machine():  # a download is waited for, not repeated
+        source, notice = find_source(flags)
     chosen = split(source, flags.TRAIN_IMAGES, flags.TEST_IMAGES, flags.SEED)
-    images = source.read(np.concatenate(list(chosen.values())))
-    if device.type != "cpu" and images.nbytes < torch.accelerator.get_memory_info()[0] / 2:
+    everything = np.concatenate(list(chosen.values()))
+    update = flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS
+    if update > len(chosen["train"]):
+        stop(f"BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS = {flags.BATCH_SIZE} x {flags.GRADIENT_ACCUMULATION_STEPS}: an update "
+             f"of {update:,} images is more than an epoch's {len(chosen['train']):,} training images. "
+             f"Lower one of them, such as --gradient-accumulation-steps {max(1, len(chosen['train']) // flags.BATCH_SIZE)}.")
+    images = source.read(everything)
+    labels = torch.from_numpy(source.labels[everything]).long()
+    content = (labels.numpy(), *chosen.values(), images[:: max(1, len(images) // 1000)].numpy())  # a sample of the images
+    fingerprint = functools.reduce(lambda sum_, part: zlib.crc32(np.ascontiguousarray(part), sum_), content, 0)
+    starts = np.cumsum([0, *(len(part) for part in chosen.values())])
+    parts = {role: np.array([index for index in range(start, start + len(part)) if index not in source.unreadable], dtype=int)
+             for (role, part), start in zip(chosen.items(), starts, strict=False)}
+    check_split(source, everything, parts)
+    if device.type != "cpu" and images.nbytes < free_memory() / 2:
         images = images.to(device)
-    labels = torch.from_numpy(source.labels[np.concatenate(list(chosen.values()))]).long().to(images.device)
-    ends = np.cumsum([len(part) for part in chosen.values()])
-    parts = {role: torch.arange(end - len(part), end, device=images.device)
-             for (role, part), end in zip(chosen.items(), ends, strict=True)}
-    return Data(source.name, list(source.classes), images, labels, parts), notice
+    notices = [notice]
+    if source.unreadable:
+        notices.append(f"SKIP_UNREADABLE: {len(source.unreadable)} of {len(everything):,} files can't be read as images and "
+                       "were left out:\n  " + "\n  ".join(sorted(source.unreadable.values())))
+    return Data(source.name, list(source.classes), images, labels.to(images.device),
+                {role: torch.from_numpy(part).to(images.device) for role, part in parts.items()}, fingerprint), notices
+
+
+def free_memory() -> float:
+    """Bytes that the accelerator has free; where PyTorch can't tell (Apple), 0, so that images stay in main memory."""
+    try:
+        return torch.accelerator.get_memory_info()[0]
+    except (RuntimeError, NotImplementedError):
+        return 0
 
 
 RANDOM_NUMBERS = 14  # uniform numbers that decide one image's augmentation
@@ -544,6 +732,8 @@ class Model:
     rate_decay: float  # how much less each group learns than the one after it
     seed: int
     features: dict[int | str, Tensor] = field(default_factory=dict)  # cached while only the head learns: cached_batches
+    epochs: list[dict[str, Any]] = field(default_factory=list)  # what was measured in each epoch trained so far
+    micro_batch: int | None = None  # images in a micro-batch, once BATCH_SIZE of them ran out of memory
 
 
 def stand_in_weights() -> dict[str, Tensor] | None:
@@ -622,14 +812,20 @@ def layer_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {"head": list(network.get_classifier().parameters())} | dict(reversed(groups.items()))
 
 
+def new_network(architecture: str, classes: int, size: int, **options: Any) -> nn.Module:
+    """A timm network for images of this size, with a head for this many classes."""
+    if timm.get_pretrained_cfg(architecture).fixed_input_size:  # its position embeddings have to fit
+        options["img_size"] = size
+    return timm.create_model(architecture, num_classes=classes, **options)
+
+
 def build_model(name: str, weights: Weights, classes: int, seed: int, flags: SimpleNamespace,
                 device: torch.device) -> Model:
     """Build a network with a new head for `classes` classes; the seed decides the head and the data order."""
     torch.manual_seed(seed)
     settings = timm.get_pretrained_cfg(weights.architecture)
-    size = dict(img_size=flags.IMAGE_SIZE) if settings.fixed_input_size else {}
-    network = timm.create_model(weights.architecture, pretrained=weights.overlay is not None, num_classes=classes,
-                                pretrained_cfg_overlay=weights.overlay, **size)
+    network = new_network(weights.architecture, classes, flags.IMAGE_SIZE, pretrained=weights.overlay is not None,
+                          pretrained_cfg_overlay=weights.overlay)
     for parameter in network.get_classifier().parameters():  # timm's own start is too wild for some heads
         nn.init.normal_(parameter, std=0.01)
     network = network.to(device, memory_format=torch.channels_last)
@@ -720,33 +916,90 @@ def precision(device: torch.device, mixed: Precision) -> contextlib.AbstractCont
     return torch.autocast(device.type, mixed) if mixed else contextlib.nullcontext()
 
 
-def apply_update(network: nn.Module, micro_batches: Iterable[tuple[Tensor, Tensor]], images: int,
+def with_last(items: Iterable) -> Iterator[tuple[Any, bool]]:
+    """Each item, and whether it is the last one."""
+    items = iter(items)
+    item = next(items)
+    for following in items:
+        yield item, False
+        item = following
+    yield item, True
+
+
+def apply_update(network: nn.Module, micro_batches: Iterable[tuple[Tensor, Tensor]], images: float,
                  optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, rates: list[float],
                  mixed: Precision, label_smoothing: float) -> Tensor:
     """One optimiser update from several micro-batches; returns [sum of losses, correct, skipped] on the device.
 
-    micro_batches yields inputs [n, ...] of the network and labels [n]; images is the sum of their n.
+    micro_batches yields inputs [n, ...] of the network and labels [n]; images is the sum of their n, or with
+    several processes the mean of these sums, since DistributedDataParallel averages over the processes.
     """
     for group in optimizer.param_groups:
         group["lr"] = rates[group["layer"]]
     totals = torch.zeros(3, device=next(network.parameters()).device)
-    for inputs, labels in micro_batches:
-        with precision(inputs.device, mixed):
-            logits = network(inputs)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
-        # Accumulation: backward() adds up gradients. Dividing by the images really in the update, not by the
-        # number of micro-batches, makes their sum the mean over all these images, however they were cut.
-        scaler.scale(loss / images).backward()
+    for (inputs, labels), last in with_last(micro_batches):
+        # Several processes exchange gradients once, in the last backward() of the update.
+        with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else contextlib.nullcontext():
+            with precision(inputs.device, mixed):
+                logits = network(inputs)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+            # Accumulation: backward() adds up gradients. Dividing by the images really in the update, not by the
+            # number of micro-batches, makes their sum the mean over all these images, however they were cut.
+            scaler.scale(loss / images).backward()
         totals[0] += loss.detach()
         totals[1] += (logits.argmax(1) == labels).sum()
-    scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm at every loss scale
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
-    totals[2] += ~torch.isfinite(norm)
-    scaler.step(optimizer)  # skips the update if a gradient is not finite
-    scaler.update()  # and then halves the loss scale
+    with stop_without_memory():
+        scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm at every loss scale
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
+        totals[2] += ~torch.isfinite(norm)
+        scaler.step(optimizer)  # skips the update if a gradient is not finite
+        scaler.update()  # and then halves the loss scale
     optimizer.zero_grad(set_to_none=True)
     return totals
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, in the words of any of PyTorch's devices."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
+
+
+@contextlib.contextmanager
+def stop_without_memory() -> Iterator[None]:
+    """Stop with advice if memory runs out in the optimiser's step, which can't be repeated once it is half done."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if ran_out_of_memory(error):
+            stop("memory ran out for AdamW's two averages of each learning parameter. Close other programs, or choose a "
+                 "smaller model with --architectures; --resume true goes on with other flags unchanged.", everywhere=True)
+        raise
+
+
+def within_memory(work: Callable[[], Any], model: Model, flags: SimpleNamespace) -> Any:
+    """What work() returns; when memory runs out, work() starts again with half the micro-batch, down to one image.
+
+    Half the micro-batch is twice the accumulation: the update stays the mean over the same images.
+    """
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+        size = model.micro_batch or flags.BATCH_SIZE  # outside "except", whose traceback would hold the tensors
+        if PROCESSES > 1:
+            stop(f"{model.name}: process {RANK} ran out of memory, and the others can't know. Use --batch-size {size // 2} "
+                 f"--gradient-accumulation-steps {2 * flags.GRADIENT_ACCUMULATION_STEPS} --resume true.", everywhere=True)
+        if size == 1:
+            stop(f"{model.name}: memory ran out with a single image in a micro-batch. Lower IMAGE_SIZE = "
+                 f"{flags.IMAGE_SIZE}, choose a smaller model with --architectures, or close other programs.")
+        model.micro_batch = (size + 1) // 2
+        model.network.zero_grad(set_to_none=True)
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        say(f"  {model.name}: memory ran out; going on with micro-batches of {model.micro_batch} instead of {size} images.")
 
 
 def epoch_plan(data: Data, seed: int, epoch: int, flags: SimpleNamespace) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -766,7 +1019,7 @@ def epoch_plan(data: Data, seed: int, epoch: int, flags: SimpleNamespace) -> tup
 def micro_batches(data: Data, window: Tensor, random: Tensor, model: Model,
                   flags: SimpleNamespace) -> Iterator[tuple[Tensor, Tensor]]:
     """The augmented micro-batches of one update, as even as can be."""
-    device, parts = model.mean.device, math.ceil(len(window) / flags.BATCH_SIZE)
+    device, parts = model.mean.device, math.ceil(len(window) / (model.micro_batch or flags.BATCH_SIZE))
     for batch, numbers in zip(window.tensor_split(parts), random.tensor_split(parts), strict=True):
         images, labels = data.fetch(batch, device)
         yield augment(images, numbers.to(device, non_blocking=True), flags.IMAGE_SIZE, model, flags.HORIZONTAL_FLIP), labels
@@ -794,53 +1047,153 @@ def cached_batches(model: Model, data: Data, view: int, windows: tuple[Tensor, .
     if view not in model.features:
         model.network.eval()
         with precision(model.mean.device, mixed):
-            model.features[view] = torch.cat([pooled_features(model.network, inputs).float() for inputs, _ in
-                                              micro_batches(data, torch.cat(windows), random, model, flags)])
+            model.features[view] = within_memory(lambda: torch.cat(
+                [pooled_features(model.network, inputs).float() for inputs, _ in
+                 micro_batches(data, torch.cat(windows), random, model, flags)]), model, flags)
     parts = model.features[view].split([len(window) for window in windows])
     return [[(part, data.labels[window].to(part.device))] for part, window in zip(parts, windows, strict=True)]
+
+
+def across_processes(network: nn.Module) -> nn.Module:
+    """The network, wrapped so that several processes average their gradients; anew in each epoch, for what learns then."""
+    return DistributedDataParallel(network) if PROCESSES > 1 else network
+
+
+def own_share(part: Tensor) -> Tensor:
+    """This process's share of what all processes do together."""
+    return part.tensor_split(PROCESSES)[RANK]
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in each of them."""
+    if PROCESSES > 1:
+        distributed.all_reduce(values)
+    return values
+
+
+PATIENCE = 20  # non-finite FP16 updates in a row that loss scaling may still mend, each by halving the scale
+
+
+def check_updates(skipped: list[bool], row: int, where: str, rates: list[float], scale: float, mixed: Precision) -> int:
+    """Stop if non-finite updates persist; returns how many there were in a row at the end, row being those before."""
+    limit = PATIENCE if mixed == torch.float16 else 1
+    advice = ("Set USE_MIXED_PRECISION to false: the network may overflow FP16. If that doesn't help, lower" if limit > 1
+              else "Lower")
+    for update, bad in enumerate(skipped, 1):
+        row = row + 1 if bad else 0
+        if row >= limit:
+            stop(f"{where}, update {update}: the loss or a gradient was not finite{f' {row} times in a row' * (row > 1)}, at a "
+                 f"learning rate of {rates[update - 1]:.2g} and a loss scale of {scale:g}. None of it was applied. {advice} "
+                 "BASE_LEARNING_RATE by ten, and look at the images if it stays.")
+    return row
 
 
 def train_epoch(model: Model, data: Data, epoch: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                 mixed: Precision, flags: SimpleNamespace) -> dict[str, Any]:
     """Train for one epoch, counted from 0; returns its entry for results.json without the validation figures."""
     started, learning = time.perf_counter(), groups_trained(epoch, flags.NUM_EPOCHS, model)
+    torch.manual_seed(model.seed * 100_003 + epoch)  # for dropout, where a network has it: no state to save for resuming
     trainable, images = unfreeze(model, learning), len(data.split["train"])
     kept = views_to_keep(model, learning, images, flags)
     view = epoch % kept if kept else epoch  # a view is an epoch's plan: the same plan shows the same view
-    windows, random = epoch_plan(data, model.seed, view, flags)
-    if kept:
-        network, updates = model.network.get_classifier(), cached_batches(model, data, view, windows, random, mixed, flags)
-    else:
+    plan, random = epoch_plan(data, model.seed, view, flags)
+    windows = tuple(own_share(window) for window in plan)
+    numbers = [own_share(part) for part in random.split([len(window) for window in plan])]
+    if not kept:
         model.features.clear()
-        network, updates = model.network, (micro_batches(data, window, numbers, model, flags) for window, numbers in
-                                           zip(windows, random.split([len(window) for window in windows]), strict=True))
-    totals = torch.zeros(3, device=model.mean.device)
-    for step, batches in enumerate(progress(updates, f"epoch {epoch + 1}", len(windows))):
-        update = epoch * len(windows) + step
-        rates = [learning_rate(update, group, len(windows), model, flags) for group in range(len(model.groups))]
-        totals += apply_update(network, batches, len(windows[step]), optimizer, scaler, rates, mixed, flags.LABEL_SMOOTHING)
-    loss, correct, skipped = totals.tolist()  # the one wait for the device in the epoch
-    if not math.isfinite(loss) and skipped == len(windows):
-        stop(f"{model.name}: in epoch {epoch + 1} no update had finite gradients (rate up to {max(rates):.2g}). "
-             "Lower BASE_LEARNING_RATE, or set USE_MIXED_PRECISION to false.")
+    cached = cached_batches(model, data, view, windows, torch.cat(numbers), mixed, flags) if kept else None
+    network = across_processes(model.network.get_classifier() if kept else model.network)
+    rates = [[learning_rate(epoch * len(plan) + step, group, len(plan), model, flags) for group in range(len(model.groups))]
+             for step in range(len(plan))]
+
+    def update(step: int) -> Tensor:
+        batches = cached[step] if cached else micro_batches(data, windows[step], numbers[step], model, flags)
+        return apply_update(network, batches, len(plan[step]) / PROCESSES, optimizer, scaler, rates[step], mixed,
+                            flags.LABEL_SMOOTHING)
+
+    totals = [within_memory(functools.partial(update, step), model, flags)
+              for step in progress(range(len(plan)), f"epoch {epoch + 1}", len(plan))]
+    totals = sum_over_processes(torch.stack(totals)).cpu()  # the one wait for the device in the epoch
+    for buffer in model.network.buffers() if PROCESSES > 1 else ():
+        distributed.broadcast(buffer, 0)  # running statistics of BatchNorm: all processes test the same network
+    loss, correct = totals[:, :2].nan_to_num(0, 0, 0).sum(0).tolist()
+    skipped, scale = (totals[:, 2] > 0).tolist(), scaler.get_scale()
+    row = check_updates(skipped, model.epochs[-1]["skipped_in_a_row"] if model.epochs else 0,
+                        f"{model.name}: epoch {epoch + 1}", [rate[0] for rate in rates], scale, mixed)
     return dict(epoch=epoch + 1, stage=stage_of(epoch, flags.NUM_EPOCHS, model.gradual) + 1,
-                trainable_parameters=trainable, learning_rate=rates[0], train_loss=loss / images,
-                train_accuracy=correct / images, skipped_updates=int(skipped), seconds=time.perf_counter() - started)
+                trainable_parameters=trainable, learning_rate=rates[-1][0], train_loss=loss / images,
+                train_accuracy=correct / images, skipped_updates=sum(skipped), skipped_in_a_row=row, loss_scale=scale,
+                seconds=time.perf_counter() - started)
 
 
-def train_model(model: Model, data: Data, mixed: Precision, flags: SimpleNamespace) -> list[dict[str, Any]]:
-    """Train through all epochs and stages, one printed line an epoch; returns the epochs' entries."""
-    optimizer, scaler, epochs = make_optimizer(model, flags), make_scaler(model.mean.device, mixed), []
-    for epoch in range(flags.NUM_EPOCHS):
+def train_model(model: Model, data: Data, mixed: Precision, flags: SimpleNamespace, file: Path | None = None,
+                saved: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Train through all epochs and stages, one printed line an epoch; returns the epochs' entries.
+
+    Each epoch ends with a checkpoint in the file, if one is named. What was saved there is gone on from: since stage,
+    rate, data order and augmentation are functions of the epoch, weights, optimiser and loss scale are all there is.
+    """
+    optimizer, scaler = make_optimizer(model, flags), make_scaler(model.mean.device, mixed)
+    if saved:
+        model.network.load_state_dict(saved["state_dict"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        model.epochs, model.micro_batch = saved["epochs"], saved["micro_batch"]
+    for epoch in range(len(model.epochs), flags.NUM_EPOCHS):
         entry = train_epoch(model, data, epoch, optimizer, scaler, mixed, flags)
         loss, accuracy = score(validate(model, data, mixed, flags), data, "validation")
-        entry |= dict(validation_loss=loss, validation_accuracy=accuracy)
-        epochs.append(entry)
+        if not math.isfinite(loss):
+            stop(f"{model.name}: after epoch {epoch + 1} the validation loss is not finite. Lower BASE_LEARNING_RATE, or set "
+                 "USE_MIXED_PRECISION to false.")
+        model.epochs.append(entry | dict(validation_loss=loss, validation_accuracy=accuracy))
+        if file:
+            state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            write_whole(file, functools.partial(torch.save, checkpoint(model, data, flags) | state))
         learning = ", ".join(list(model.groups)[: groups_trained(epoch, flags.NUM_EPOCHS, model)][:STAGES])
-        print(f"  epoch {epoch + 1:3d}/{flags.NUM_EPOCHS}   train loss {entry['train_loss']:.3f} accuracy "
-              f"{entry['train_accuracy']:6.1%}   validation loss {loss:.3f} accuracy {accuracy:6.1%}   "
-              f"{len(data.split['train']) / entry['seconds']:5.0f} images/s   learning: {learning}", flush=True)
-    return epochs
+        say(f"  epoch {epoch + 1:3d}/{flags.NUM_EPOCHS}   train loss {entry['train_loss']:.3f} accuracy "
+            f"{entry['train_accuracy']:6.1%}   validation loss {loss:.3f} accuracy {accuracy:6.1%}   "
+            f"{len(data.split['train']) / entry['seconds']:5.0f} images/s   learning: {learning}")
+    return model.epochs
+
+
+PER_RUN = ("RESUME", "PREDICT", "DATA_DIR", "OUTPUT_DIR", "ARCHITECTURES", "SEED", "USE_ENSEMBLE", "SKIP_UNREADABLE",
+           "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS")  # flags that don't change one model's training, or are put otherwise
+
+
+def run_signature(model: Model, data: Data, flags: SimpleNamespace) -> dict[str, Any]:
+    """What has to be the same for training to go on from a checkpoint: the flags that matter, the model, the images."""
+    return {name: value for name, value in vars(flags).items() if name not in PER_RUN} | {
+        "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS": flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS,
+        "the model's architecture": model.weights.architecture, "the model's first weights": model.weights.origin,
+        "SEED plus the model's place in ARCHITECTURES": model.seed, "the checksum of the images": data.fingerprint}
+
+
+def checkpoint(model: Model, data: Data, flags: SimpleNamespace) -> dict[str, Any]:
+    """A model as it is now, with what it takes to use it: plain values and tensors, which torch.load reads safely."""
+    return dict(run=run_signature(model, data, flags), architecture=model.weights.architecture, classes=data.classes,
+                image_size=flags.IMAGE_SIZE, stored_size=data.images.shape[-1], state_dict=model.network.state_dict(),
+                epochs=model.epochs, micro_batch=model.micro_batch)
+
+
+def read_checkpoint(file: Path, model: Model, data: Data, flags: SimpleNamespace) -> dict[str, Any] | None:
+    """What was saved of this model, or None; a damaged file is set aside, and one of another run stops this one."""
+    if not file.is_file():
+        return None
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        before = saved["run"]
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        file.replace(file.with_suffix(".damaged"))
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        say(f"  {file} is damaged ({reason}) and was set aside as {file.stem}.damaged; {model.name} starts from its first "
+            "epoch.")
+        return None
+    changed = [f"{name} was {before.get(name)} and is {value}" for name, value in run_signature(model, data, flags).items()
+               if before.get(name) != value]
+    if changed:
+        stop(f"RESUME: {file} comes from another run: {'; '.join(changed)}. Set it back, choose another OUTPUT_DIR, or start "
+             "anew with --resume false.")
+    return saved
 
 
 # ==== 6. Evaluation: plain, test-time augmentation, soft voting =====================================================
@@ -853,12 +1206,25 @@ def answers(network: Callable[[Tensor], Tensor], model: Model, data: Data, role:
             flags: SimpleNamespace) -> Tensor:
     """What the network, or a part of it, answers to each view: float32 [views, n, ...], in the order of data.split[role]."""
     model.network.eval()
-    device, parts = model.mean.device, []
-    for batch in progress(data.split[role].split(flags.BATCH_SIZE), role):
+    device, views = model.mean.device, list(views)
+
+    def answer(batch: Tensor) -> Tensor:
         images, _ = data.fetch(batch, device)
         with precision(device, mixed):
-            parts.append(torch.stack([network(view(images, flags.IMAGE_SIZE, model, **options)) for options in views]).float())
-    return torch.cat(parts, dim=1)
+            return torch.stack([network(view(images, flags.IMAGE_SIZE, model, **options)) for options in views]).float()
+
+    def answer_in_parts(batch: Tensor) -> Tensor:
+        return torch.cat([answer(part) for part in batch.split(model.micro_batch or flags.BATCH_SIZE)], dim=1)
+
+    everyone = data.split[role]
+    own = own_share(torch.arange(len(everyone), device=everyone.device))
+    parts = torch.cat([within_memory(functools.partial(answer_in_parts, batch), model, flags)
+                       for batch in progress(everyone[own].split(flags.BATCH_SIZE), role)], dim=1)
+    if PROCESSES == 1:
+        return parts
+    gathered = parts.new_zeros(len(views), len(everyone), *parts.shape[2:])  # each process fills in its own images
+    gathered[:, own.to(device)] = parts
+    return sum_over_processes(gathered)
 
 
 def predict(model: Model, data: Data, role: str, views: Iterable[dict], mixed: Precision, flags: SimpleNamespace) -> Tensor:
@@ -1027,6 +1393,8 @@ def speed_table(results: dict[str, Any]) -> list[str]:
     """The lines of the speed section, all measured in this run."""
     lines = []
     for model in results["models"]:
+        if model["name"] not in results["speed"]:
+            continue  # interrupted before it was timed
         name, speed = model["name"], results["speed"][model["name"]]
         stages = ", ".join(f"{value:.0f}" for value in speed["images_per_second_by_stage"].values())
         lines.append(f"{name}: {stages} training images/s in its stages; {speed['images_per_second_all_layers']:.0f} with all "
@@ -1061,9 +1429,9 @@ def write_report(results: dict[str, Any], notices: list[str], folder: Path) -> N
     for title, body in (("Notices", notices), ("Accuracy", accuracy_table(results)), ("Speed", speed_table(results))):
         lines += ["", title, "-" * len(title), *body]
     text = "\n".join(lines) + "\n"
-    print(text)
-    (folder / "report.txt").write_text(text, "utf-8")
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    say(text)
+    for name, content in (("report.txt", text), ("results.json", json.dumps(results, indent=1) + "\n")):
+        write_whole(folder / name, lambda stream, content=content: stream.write(content.encode()))
 
 
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"]  # Okabe and Ito: safe for colour-blind eyes
@@ -1142,7 +1510,7 @@ def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str], ac
 def plot_time(results: dict[str, Any]) -> Figure:
     """Test accuracy against training time, a point a model; the ensemble costs the sum of their times."""
     points = [(shown_name(model), model["seconds"], model["tta_accuracy"] or model["test_accuracy"])
-              for model in results["models"]]
+              for model in results["models"] if model["test_accuracy"] is not None]
     ensemble = results["ensemble"]
     if ensemble["accuracy"] is not None:
         points.append(("ensemble", sum(point[1] for point in points), ensemble["tta_accuracy"] or ensemble["accuracy"]))
@@ -1178,74 +1546,182 @@ def plot_predictions(probabilities: Tensor, data: Data) -> Figure:
 # ==== 9. The run ====================================================================================================
 
 
-def run_model(model: Model, data: Data, flags: SimpleNamespace) -> tuple[dict, dict, Tensor, Tensor]:
-    """Train, test and time one model: its entry in results.json, its speed, probabilities plain and with TTA."""
+def trained_entry(model: Model, data: Data) -> dict[str, Any]:
+    """A model's entry in results.json as far as training decides it; what testing adds is still empty."""
+    last, spent = model.epochs[-1], sum(entry["seconds"] for entry in model.epochs)
+    return dict(name=model.name, architecture=model.weights.architecture, weights=model.weights.origin,
+                stands_in_for=model.weights.stands_in_for,
+                parameters=sum(parameter.numel() for parameter in model.network.parameters()), seconds=spent,
+                images_per_second=len(data.split["train"]) * len(model.epochs) / spent,
+                train_accuracy=last["train_accuracy"], validation_accuracy=last["validation_accuracy"],
+                test_accuracy=None, test_loss=None, tta_accuracy=None, epochs=model.epochs)
+
+
+def checkpoint_file(name: str, flags: SimpleNamespace) -> Path:
+    """Where a model is kept, during its training and after it."""
+    return Path(flags.OUTPUT_DIR, "checkpoints", f"{name}.pt")
+
+
+def run_model(model: Model, data: Data, flags: SimpleNamespace) -> dict[str, Any]:
+    """Train, test and time one model, or take it from its checkpoint.
+
+    Returns entry (for results.json), speed, and the test images' probabilities, plain and averaged over TTA's views.
+    """
     mixed, why = choose_precision(model.network, model.mean.device, flags)
-    print(f"\n{model.name}: {model.weights.origin}. {why}", flush=True)
-    started = time.perf_counter()
-    epochs = train_model(model, data, mixed, flags)
-    seconds = time.perf_counter() - started
+    say(f"\n{model.name}: {model.weights.origin}. {why}")
+    file = checkpoint_file(model.name, flags)
+    saved = from_first_process(lambda: read_checkpoint(file, model, data, flags)) if flags.RESUME else None
+    if saved:
+        held = "the finished model" if "finished" in saved else f"{len(saved['epochs'])} of {flags.NUM_EPOCHS} epochs"
+        say(f"  RESUME: {file} holds {held}.")
+        if "finished" in saved:
+            return saved["finished"]
+    epochs = train_model(model, data, mixed, flags, file, saved)
     started = time.perf_counter()
     views = predict(model, data, "test", tta_views(flags), mixed, flags)
     spent = time.perf_counter() - started
     plain, averaged = views[0], soft_vote(views)
-    (loss, accuracy), last = score(plain, data, "test"), epochs[-1]
-    entry = dict(name=model.name, architecture=model.weights.architecture, weights=model.weights.origin,
-                 stands_in_for=model.weights.stands_in_for,
-                 parameters=sum(parameter.numel() for parameter in model.network.parameters()), seconds=seconds,
-                 images_per_second=len(data.split["train"]) * len(epochs) / sum(entry["seconds"] for entry in epochs),
-                 train_accuracy=last["train_accuracy"], validation_accuracy=last["validation_accuracy"],
-                 test_accuracy=accuracy, test_loss=loss,
-                 tta_accuracy=score(averaged, data, "test")[1] if flags.USE_TTA else None, epochs=epochs)
+    loss, accuracy = score(plain, data, "test")
+    entry = trained_entry(model, data) | dict(test_accuracy=accuracy, test_loss=loss,
+                                              tta_accuracy=score(averaged, data, "test")[1] if flags.USE_TTA else None)
+    kept = checkpoint(model, data, flags)
+    kept["state_dict"] = {name: tensor.clone() for name, tensor in kept["state_dict"].items()}  # timing spends the model
     times = dict(plain=spent / len(views), tta=spent if flags.USE_TTA else None)
-    torch.save(dict(architecture=model.weights.architecture, classes=data.classes, image_size=flags.IMAGE_SIZE,
-                    state_dict=model.network.state_dict()), Path(flags.OUTPUT_DIR, "checkpoints", f"{model.name}.pt"))
-    speed = measure_speed(model, data, epochs, times, mixed, why, flags)
-    return entry, speed, plain, averaged
+    finished = dict(entry=entry, plain=plain, averaged=averaged,
+                    speed=measure_speed(model, data, epochs, times, mixed, why, flags))
+    write_whole(file, functools.partial(torch.save, kept | dict(finished=finished)))
+    return finished
+
+
+def stored_models(flags: SimpleNamespace) -> tuple[SimpleNamespace, list[dict[str, Any]]]:
+    """The flags of the run whose results lie in OUTPUT_DIR, and the checkpoints that answer for it: all, or the best."""
+    file = Path(flags.OUTPUT_DIR, "results.json")
+    try:
+        results = json.loads(file.read_text("utf-8"))
+        names = [model["name"] for model in results["models"] if model["test_accuracy"] is not None]
+        if not results["flags"]["USE_ENSEMBLE"]:
+            names = [max(results["models"], key=lambda model: model["validation_accuracy"])["name"]]
+        loaded = [torch.load(checkpoint_file(name, flags), map_location="cpu", weights_only=True) for name in names]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        missing = not isinstance(error, ValueError | KeyError | RuntimeError)
+        stop(f"PREDICT: {f'{error.filename} is not there' if missing else f'{flags.OUTPUT_DIR}/ holds damaged results'}. "
+             "Train first, such as with python advanced_techniques.py --dataset path/to/folder, or name the folder of a "
+             "finished run with --output-dir.")
+    if not loaded:
+        stop(f"PREDICT: the run in {flags.OUTPUT_DIR}/ was interrupted before a model was finished. Go on with --resume true.")
+    return SimpleNamespace(**FLAGS | results["flags"] | dict(DATA_DIR=flags.DATA_DIR, OUTPUT_DIR=flags.OUTPUT_DIR)), loaded
+
+
+def predict_files(flags: SimpleNamespace, device: torch.device) -> None:
+    """Classify an image, or all images below a folder, by the soft vote of the trained models (the flag PREDICT)."""
+    target = Path(flags.PREDICT)
+    paths = files_below(target) if target.is_dir() else [target]
+    flags, stored = stored_models(flags)
+    images, unreadable = decode_all(paths, stored[0]["stored_size"], flags)
+    for message in unreadable.values():
+        print(f"Left out, for it can't be read as an image: {message}", file=sys.stderr)
+    readable = [index for index in range(len(paths)) if index not in unreadable]
+    if not readable:
+        stop(f"PREDICT = {target}: no image there can be read.")
+    classes = stored[0]["classes"]
+    data = Data("", classes, images, torch.zeros(len(paths), dtype=torch.long), {"test": torch.tensor(readable)})
+    voters = []
+    for index, saved in enumerate(stored):
+        model = build_model(str(index), Weights(saved["architecture"], "", None), len(classes), 0, flags, device)
+        model.network.load_state_dict(saved["state_dict"])
+        mixed, _ = choose_precision(model.network, device, flags)
+        voters.append(soft_vote(predict(model, data, "test", tta_views(flags), mixed, flags)))
+    best = soft_vote(voters).topk(min(3, len(classes)))
+    rows = [[str(paths[index]), *(text for share, label in zip(shares, labels, strict=True)
+                                  for text in (classes[label], f"{share:.4f}"))]
+            for index, shares, labels in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True)]
+    for path, *answer in rows[:20]:
+        print(f"{path}: " + ", ".join(f"{answer[place]} {float(answer[place + 1]):.1%}" for place in range(0, len(answer), 2)))
+    if target.is_dir():
+        table = io.StringIO(newline="")
+        csv.writer(table).writerows([["path", *(f"{kind}_{place}" for place in range(1, len(rows[0]) // 2 + 1)
+                                                for kind in ("class", "probability"))], *rows])
+        file = Path(flags.OUTPUT_DIR, "predictions.csv")
+        write_whole(file, lambda stream: stream.write(table.getvalue().encode()))
+        print(f"{len(rows):,} images classified, {len(unreadable)} left out; all answers are in {file}.")
 
 
 def describe(device: torch.device) -> dict[str, str]:
     """The entry "environment" of results.json."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    backend = getattr(torch, device.type)  # torch.cuda, torch.xpu, torch.cpu, ...
+    name = (backend.get_device_name(device) if hasattr(backend, "get_device_name") else
+            f"{platform.machine()}, {os.cpu_count()} cores")
     return dict(device=device.type, device_name=name, python=platform.python_version(), torch=torch.__version__,
                 torchvision=torchvision.__version__, timm=timm.__version__)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The whole lesson: data, backbones, techniques, ensemble, report."""
-    device = choose_device()
-    flags = small_profile(read_flags(arguments), device)
-    folder = Path(flags.OUTPUT_DIR)
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    data, notice = load_data(flags, device)
-    weights = [find_weights(name, flags.PRETRAINED) for name in flags.ARCHITECTURES]
-    notices = [notice, *weight_notices(weights)]
-    print("\n".join(notices), flush=True)
-
-    entries, speeds, plain, averaged = [], {}, [], []
+def run_all(data: Data, weights: list[Weights], flags: SimpleNamespace, device: torch.device,
+            runs: list[dict[str, Any]]) -> None:
+    """Train and test each architecture in turn, appending to runs; after Ctrl-C, with what there is of the last one."""
     for index, (name, source) in enumerate(zip(flags.ARCHITECTURES, weights, strict=True)):
         title = f"{name}_{index + 1}" if flags.ARCHITECTURES.count(name) > 1 else name
         model = build_model(title, source, len(data.classes), flags.SEED + index, flags, device)
-        entry, speeds[title], single, with_views = run_model(model, data, flags)
-        entries, plain, averaged = [*entries, entry], [*plain, single], [*averaged, with_views]
+        try:
+            runs.append(run_model(model, data, flags) | dict(model=model))
+        except KeyboardInterrupt:
+            if model.epochs:
+                runs.append(dict(entry=trained_entry(model, data)))
+            raise
 
-    best = max(entry["test_accuracy"] for entry in entries)
+
+def report(runs: list[dict[str, Any]], data: Data, notices: list[str], flags: SimpleNamespace, device: torch.device) -> None:
+    """Write report.txt, results.json and, once a model is finished, the plots."""
+    finished = [run for run in runs if "plain" in run]
+    plain, averaged = ([run[kind] for run in finished] for kind in ("plain", "averaged"))
     off = dict.fromkeys(("accuracy", "tta_accuracy", "gain_over_best", "gain_interval", "disagreement"))
-    ensemble = evaluate_ensemble(plain, averaged, best, data) if flags.USE_ENSEMBLE and len(entries) > 1 else off
+    best = max((run["entry"]["test_accuracy"] for run in finished), default=None)
+    ensemble = evaluate_ensemble(plain, averaged, best, data) if flags.USE_ENSEMBLE and len(finished) > 1 else off
     counts = {f"{role}_images": len(data.split[role]) for role in ("train", "validation", "test")}
     results = dict(flags=vars(flags), environment=describe(device), dataset=dict(name=data.name, classes=data.classes) | counts,
-                   models=entries, ensemble=ensemble, speed=speeds)
+                   models=[run["entry"] for run in runs], ensemble=ensemble,
+                   speed={run["entry"]["name"]: run["speed"] for run in finished})
+    folder = Path(flags.OUTPUT_DIR)
     write_report(results, notices, folder)
-
-    chosen = max(range(len(entries)), key=lambda index: entries[index]["validation_accuracy"])  # never by test accuracy
+    if not finished:
+        return
+    chosen = max(range(len(finished)), key=lambda index: finished[index]["entry"]["validation_accuracy"])  # never by test
     final = soft_vote(averaged) if ensemble["accuracy"] is not None else averaged[chosen]
     labels = data.labels[data.split["test"]].cpu()
     for name, figure in dict(training_curves=plot_curves(results), accuracy_against_time=plot_time(results),
-                             learning_rates=plot_rates(model, len(epoch_plan(data, 0, 0, flags)[0]), flags),
+                             learning_rates=plot_rates(finished[0]["model"], len(epoch_plan(data, 0, 0, flags)[0]), flags),
                              confusion_matrix=plot_confusion(final, labels, data.classes, score(final, data, "test")[1]),
                              predictions=plot_predictions(final, data)).items():
-        figure.savefig(folder / f"{name}.png")
-    print(f"Written to {folder}/: report.txt, results.json, five plots, and the models in checkpoints/.")
+        write_whole(folder / f"{name}.png", functools.partial(figure.savefig, format="png"))
+    say(f"Written to {folder}/: report.txt, results.json, five plots, and the models in checkpoints/.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The whole lesson: data, backbones, techniques, ensemble, report."""
+    flags = read_flags(arguments)
+    check_output(flags)
+    device = choose_device()
+    if flags.PREDICT:
+        predict_files(flags, device)
+        return
+    flags = small_profile(flags, device)
+    check_image_size(flags)
+    runs, notices, data = [], [], None
+    try:
+        join_processes(device)
+        data, notices = load_data(flags, device)
+        weights = [find_weights(name, flags.PRETRAINED) for name in flags.ARCHITECTURES]
+        notices += weight_notices(weights)
+        say(*notices)
+        run_all(data, weights, flags, device, runs)
+    except KeyboardInterrupt:
+        say("", "Interrupted. The same command with --resume true goes on from the last finished epoch.")
+        if runs:
+            report(runs, data, [*notices, f"PARTIAL REPORT: interrupted with {len(runs[-1]['entry']['epochs'])} of "
+                                f"{flags.NUM_EPOCHS} epochs of {runs[-1]['entry']['name']} done."], flags, device)
+        raise SystemExit(130) from None
+    report(runs, data, notices, flags, device)
+    if PROCESSES > 1:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -70,9 +70,9 @@ def test_fashion_mnist_is_learned(script, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
-    (["--batch-size", "0"], "BATCH_SIZE"), (["--batch-size", "many"], "--batch-size"), (["--no-such-flag", "1"], "no-such"),
+    (["--batch-size", "0"], "BATCH_SIZE"), (["--batch-size", "many"], "BATCH_SIZE = many"), (["--no-such-flag", "1"], "no-such"),
     (["--dataset", "no/such/folder"], "DATASET"), (["--architectures", "resnet_18"], "resnet_18"),
-    (["--use-tta", "maybe"], "--use-tta"), (["--base-learning-rate", "inf"], "BASE_LEARNING_RATE"),
+    (["--use-tta", "maybe"], "USE_TTA = maybe"), (["--base-learning-rate", "inf"], "BASE_LEARNING_RATE"),
     (["--label-smoothing", "1"], "LABEL_SMOOTHING"), (["--architectures", ","], "ARCHITECTURES"),
     (["--image-size", "-1"], "IMAGE_SIZE")])
 def test_a_wrong_flag_ends_with_exit_code_2_and_one_plain_message(arguments, named, capsys, tmp_path, monkeypatch):

@@ -1,0 +1,278 @@
+"""Interruption: a run that is killed at any moment goes on and ends in the same numbers; Ctrl-C ends cleanly."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CPU, model_of, quick_flags, random_data
+from test_end_to_end import numbers
+
+import advanced_techniques as at
+
+# Imports the script once and forks a child for each run, which saves the seconds that importing PyTorch takes.
+SERVER = """
+import json, os, signal, sys, traceback
+sys.path.insert(0, sys.argv[1])
+import advanced_techniques as at
+
+def die(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_at(call, function):
+    def counted(*arguments, **options):
+        counted.left -= 1
+        return (die if counted.left < 0 else function)(*arguments, **options)
+    counted.left = call
+    return counted
+
+def save_half(call, function):
+    def counted(state, stream):
+        counted.left -= 1
+        if counted.left < 0:
+            whole = at.io.BytesIO()
+            function(state, whole)
+            stream.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+            stream.flush()
+            die()
+        function(state, stream)
+    counted.left = call
+    return counted
+
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        place, call = job["die"] or (None, 0)
+        if place == "save":
+            at.torch.save = save_half(call, at.torch.save)
+        elif place:
+            owner = at.Path if place == "replace" else at
+            setattr(owner, place, die_at(call, getattr(owner, place)))
+        try:
+            at.main(job["arguments"])
+        except SystemExit as stopped:
+            sys.stdout.flush()
+            os._exit(stopped.code)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    print(child, flush=True)
+    sys.stdin.readline()  # until the test wants the end: a child that isn't waited for keeps its number
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def start(script, tmp_path_factory):
+    """Start a run: start(folder, resume, die) returns its process id, a function that waits for its end, its output."""
+    shared = tmp_path_factory.mktemp("shared")
+    for name in ("test_resnet", "test_efficientnet"):
+        torch.save(at.timm.create_model(name).state_dict(), shared / f"{name}.pth")  # "pretrained", so stages apply
+    server = subprocess.Popen([sys.executable, "-c", SERVER, str(script.parent)], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def begin(folder, resume=False, die=None, **changes):
+        flags = dict(dataset="shapes", architectures="test_resnet,test_efficientnet", pretrained=shared, image_size=32,
+                     train_images=60, test_images=20, num_epochs=8, batch_size=8, gradient_accumulation_steps=2,
+                     output_dir=folder, data_dir=shared, resume=resume) | changes
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        folder.mkdir(exist_ok=True)
+        server.stdin.write(json.dumps(dict(arguments=arguments, die=die, output=str(folder / "output.txt"))) + "\n")
+        server.stdin.flush()
+        child = int(server.stdout.readline())
+
+        def wait():
+            server.stdin.write("\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        return SimpleNamespace(child=child, wait=wait, output=lambda: (folder / "output.txt").read_text())
+
+    yield begin
+    server.stdin.close()
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """The folder of a run that was never interrupted, and how long it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = start(folder)
+    started = time.monotonic()  # the script is imported by now
+    assert run.wait() == 0, run.output()
+    return folder, time.monotonic() - started
+
+
+def assert_same(folder, other):
+    first, second = (json.loads((place / "results.json").read_text()) for place in (folder, other))
+    for results in (first, second):
+        results["flags"].pop("RESUME")
+    assert numbers(first) == numbers(second)
+    for name in ("test_resnet", "test_efficientnet"):
+        states = [torch.load(place / "checkpoints" / f"{name}.pt", weights_only=True) for place in (folder, other)]
+        for kind in ("plain", "averaged"):
+            assert torch.equal(*(state["finished"][kind] for state in states))
+        left, right = (state["state_dict"] for state in states)
+        assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    assert not list((other / "checkpoints").glob("*.tmp")) and not list((other / "checkpoints").glob("*.damaged"))
+
+
+# Eight epochs, two a stage, four updates an epoch, a save after each: a moment in each stage and of each kind.
+MOMENTS = [("train_epoch", 0), ("train_epoch", 3), ("train_epoch", 4), ("apply_update", 2), ("apply_update", 9),
+           ("apply_update", 18), ("apply_update", 30), ("validate", 5), ("save", 0), ("save", 1), ("save", 6), ("save", 8),
+           ("replace", 0), ("replace", 4), ("predict", 11), ("measure_speed", 0), ("train_epoch", 8), ("save", 12),
+           ("write_report", 0), ("plot_curves", 0)]
+
+
+@pytest.mark.parametrize("die", MOMENTS, ids=lambda die: f"{die[0]}-{die[1]}")
+def test_a_run_killed_at_any_step_ends_in_the_same_numbers(start, whole, tmp_path, die):
+    folder = tmp_path / "killed"
+    assert start(folder, die=die).wait() == -signal.SIGKILL
+    resumed = start(folder, resume=True)
+    assert resumed.wait() == 0, resumed.output()
+    assert_same(whole[0], folder)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_again_and_again_at_random_ends_in_the_same_numbers(start, whole, tmp_path, seed):
+    moments, kills, folder = random.Random(seed), 0, tmp_path / "killed"
+    while True:
+        run = start(folder, resume=True)
+        time.sleep(moments.uniform(0.05, 0.4) * whole[1] if kills < 8 else 5 * whole[1])
+        os.kill(run.child, signal.SIGKILL)  # not yet waited for, so the number is still this child's
+        if run.wait() == 0:
+            break
+        kills += 1
+        assert kills < 20, run.output()
+    assert kills >= 3
+    assert_same(whole[0], folder)
+
+
+def test_finished_models_are_not_trained_again(start, whole, tmp_path):
+    folder = tmp_path / "killed"
+    assert start(folder, die=("train_epoch", 9)).wait() == -signal.SIGKILL  # in the second model's second epoch
+    resumed = start(folder, resume=True)
+    assert resumed.wait() == 0
+    assert "test_resnet.pt holds the finished model" in resumed.output()
+    assert "test_efficientnet.pt holds 1 of 8 epochs" in resumed.output()
+    assert resumed.output().count("epoch   1/8") == 0 and resumed.output().count("epoch   2/8") == 1
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_a_partial_report(start, whole, tmp_path):
+    folder = tmp_path / "stopped"
+    run = start(folder)
+    while "efficientnet" not in (run.output() if (folder / "output.txt").exists() else "") or (
+            "epoch   2/8" not in run.output().partition("\ntest_efficientnet:")[2]):
+        time.sleep(0.01)
+    os.kill(run.child, signal.SIGINT)
+    assert run.wait() == 130, run.output()
+    output = run.output()
+    assert "Traceback" not in output and "--resume true" in output and "PARTIAL REPORT" in output
+    results = json.loads((folder / "results.json").read_text())
+    finished, stopped = results["models"]
+    assert finished["test_accuracy"] is not None and stopped["test_accuracy"] is None
+    assert 2 <= len(stopped["epochs"]) < 8 and results["ensemble"]["accuracy"] is None
+    resumed = start(folder, resume=True)
+    assert resumed.wait() == 0
+    assert_same(whole[0], folder)
+
+
+def test_ctrl_c_before_training_ends_with_code_130_too(start, tmp_path):
+    run = start(tmp_path / "stopped", train_images=12000)
+    time.sleep(1)
+    os.kill(run.child, signal.SIGINT)
+    assert run.wait() == 130 and "Traceback" not in run.output()
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    (dict(base_learning_rate=0.001), "BASE_LEARNING_RATE was 0.004 and is 0.001"), (dict(image_size=40), "IMAGE_SIZE"),
+    (dict(seed=1), "SEED"), (dict(train_images=50), "TRAIN_IMAGES"), (dict(batch_size=4), "BATCH_SIZE"),
+    (dict(use_tta=False), "USE_TTA")])
+def test_a_checkpoint_from_other_flags_is_refused_by_name(start, whole, changes, named):
+    before = (whole[0] / "results.json").read_bytes()
+    run = start(whole[0], resume=True, **changes)
+    assert run.wait() == 2 and named in run.output() and "Traceback" not in run.output()
+    assert (whole[0] / "results.json").read_bytes() == before
+
+
+def saved_run(tmp_path, data=None, **changes):
+    """A checkpoint after two epochs of a small model: its file, the model, its data, its flags."""
+    flags = quick_flags(NUM_EPOCHS=2, OUTPUT_DIR=str(tmp_path), RESUME=True, **changes)
+    model, data, file = model_of("test_resnet"), data or random_data(), tmp_path / "checkpoints" / "test_resnet.pt"
+    at.train_model(model, data, None, flags, file)
+    return file, model, data, flags
+
+
+def test_other_images_are_refused(tmp_path, capsys):
+    file, model, data, flags = saved_run(tmp_path)
+    assert at.read_checkpoint(file, model, data, flags)["epochs"] == model.epochs
+    data.fingerprint = 1
+    with pytest.raises(SystemExit):
+        at.read_checkpoint(file, model, data, flags)
+    assert "checksum of the images" in capsys.readouterr().err
+
+
+def test_the_fingerprint_tells_images_labels_and_splits_apart():
+    def fingerprint(**changes):
+        return at.load_data(quick_flags(DATASET="shapes", **changes), CPU)[0].fingerprint
+
+    assert fingerprint() == fingerprint() and len({fingerprint(), fingerprint(SEED=1), fingerprint(TRAIN_IMAGES=41)}) == 3
+
+
+def test_the_micro_batch_may_change_if_the_update_stays(tmp_path):
+    file, model, data, flags = saved_run(tmp_path)
+    flags.BATCH_SIZE, flags.GRADIENT_ACCUMULATION_STEPS = flags.BATCH_SIZE // 2, 2 * flags.GRADIENT_ACCUMULATION_STEPS
+    assert at.read_checkpoint(file, model, data, flags)
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "noise", "foreign"])
+def test_a_damaged_checkpoint_is_set_aside_and_said(tmp_path, capsys, damage):
+    file, model, data, flags = saved_run(tmp_path)
+    content = file.read_bytes()
+    noise = random.Random(0).randbytes(len(content))
+    if damage == "foreign":
+        torch.save(dict(weights=[1, 2, 3]), file)
+    else:
+        file.write_bytes(dict(empty=b"", half=content[: len(content) // 2], noise=noise)[damage])
+    assert at.read_checkpoint(file, model, data, flags) is None
+    assert "damaged" in capsys.readouterr().out and file.with_suffix(".damaged").is_file() and not file.exists()
+
+
+def test_a_checkpoint_can_run_no_code(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (pytest.fail, ("a checkpoint ran code",))
+
+    file, model, data, flags = saved_run(tmp_path)
+    torch.save(dict(run=Trap()), file)
+    assert at.read_checkpoint(file, model, data, flags) is None
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, capsys, monkeypatch):
+    file, model, data, flags = saved_run(tmp_path)
+    content = file.read_bytes()
+
+    def full(state, stream):
+        stream.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    model.epochs.clear()
+    with pytest.raises(SystemExit) as stopped:
+        at.train_model(model, data, None, flags, file)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "No space left" in message and "--output-dir" in message
+    assert file.read_bytes() == content and [path.name for path in file.parent.iterdir()] == [file.name]
