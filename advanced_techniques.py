@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import difflib
 import functools
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -35,6 +37,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, NoReturn
@@ -79,6 +82,8 @@ USE_ENSEMBLE = True  # average the predictions of all the models
 COMPILE = False  # torch.compile: faster on a GPU once minutes of compiling have passed; seldom worth it on a CPU
 HORIZONTAL_FLIP = True  # mirror images in training and TTA; off where left and right matter (text, digits)
 SKIP_UNREADABLE = False  # leave files out that can't be read as images, and count them, instead of stopping
+ABLATION = False  # also train the first model without each technique in turn, and print what each is worth
+ABLATION_SEEDS = 3  # how often each of these trainings is repeated with another seed
 RESUME = False  # go on where an interrupted run with the same flags and images was, epoch by epoch
 PREDICT = ""  # an image or a folder to classify with the models in OUTPUT_DIR, instead of training
 MEMORY_GB = 4.0  # decoded images larger than this go to a memory-mapped file under DATA_DIR
@@ -93,8 +98,9 @@ DATASETS = ("auto", "cifar10", "fashion_mnist", "shapes")
 NUMBERS = {  # flag: its type, the lowest and the highest value; what is not here and no text below is true or false
     "BATCH_SIZE": (int, 1, 10**5), "NUM_EPOCHS": (int, 1, 10**5), "GRADIENT_ACCUMULATION_STEPS": (int, 1, 10**5),
     "SEED": (int, 0, 2**31), "IMAGE_SIZE": (int, 0, 4096), "TRAIN_IMAGES": (int, 0, 10**9), "TEST_IMAGES": (int, 0, 10**9),
-    "FEATURE_VIEWS": (int, 0, 1000), "BASE_LEARNING_RATE": (float, 1e-8, 1), "LAYER_RATE_DECAY": (float, 0.001, 1),
-    "WEIGHT_DECAY": (float, 0, 10), "LABEL_SMOOTHING": (float, 0, 0.9), "MEMORY_GB": (float, 0, 10**6)}
+    "FEATURE_VIEWS": (int, 0, 1000), "ABLATION_SEEDS": (int, 1, 1000), "BASE_LEARNING_RATE": (float, 1e-8, 1),
+    "LAYER_RATE_DECAY": (float, 0.001, 1), "WEIGHT_DECAY": (float, 0, 10), "LABEL_SMOOTHING": (float, 0, 0.9),
+    "MEMORY_GB": (float, 0, 10**6)}
 TEXTS = ("DATASET", "PRETRAINED", "PREDICT", "DATA_DIR", "OUTPUT_DIR")
 
 # torchrun tells each of its processes how many they are, which one this is, and which one on this machine.
@@ -117,8 +123,18 @@ def stop(message: str, everywhere: bool = False) -> NoReturn:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """A sentence that names the known word that was probably meant, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+    near = difflib.get_close_matches(word.lower(), list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def printable(text: Any) -> str:
+    """Text, such as a path, that can be printed and written as UTF-8, whatever bytes a file's name is made of."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def reason(error: BaseException) -> str:
+    """An error's message in one line, or its kind where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
 
 
 def parse_flag(name: str, text: str) -> Any:
@@ -139,19 +155,21 @@ def read_flags(arguments: list[str] | None = None) -> SimpleNamespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in FLAGS.items():
-        shown = ",".join(default) if isinstance(default, tuple) else default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         parser.add_argument("--" + name.lower().replace("_", "-"), dest=name, metavar="VALUE", default=default,
                             type=functools.partial(parse_flag, name),
                             help=f"{comments.get(name, '')} (default: {shown})".replace("%", "%%"))
     parser.error = stop
-    values, unknown = parser.parse_known_args(arguments)
+    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)  # values, not flags: -1e-3, -inf
+    flags, unknown = parser.parse_known_args(arguments, SimpleNamespace())
     if unknown:
         word = unknown[0].partition("=")[0]
         stop(f"{word} is not a flag.{suggestion(word, parser._option_string_actions)} --help lists them all.")
-    flags = SimpleNamespace(**vars(values))
-    if isinstance(flags.ARCHITECTURES, str | list):
-        flags.ARCHITECTURES = parse_flag("ARCHITECTURES", ",".join([flags.ARCHITECTURES] if isinstance(
-            flags.ARCHITECTURES, str) else flags.ARCHITECTURES))
+    if isinstance(flags.ARCHITECTURES, list | tuple):
+        flags.ARCHITECTURES = parse_flag("ARCHITECTURES", ",".join(map(str, flags.ARCHITECTURES)))
+    for name in TEXTS:
+        if isinstance(getattr(flags, name), os.PathLike):
+            setattr(flags, name, os.fspath(getattr(flags, name)))
     check_flags(flags)
     return flags
 
@@ -164,30 +182,49 @@ def check_flags(flags: SimpleNamespace) -> None:
             kind, low, high = NUMBERS[name]
             if type(value) not in (kind, int) or not low <= value <= high:
                 stop(f"{shown}: it has to be a {'whole ' * (kind is int)}number from {low:g} to {high:,}.")
-        elif name not in (*TEXTS, "ARCHITECTURES") and type(value) is not bool:
+        elif name in TEXTS:
+            if type(value) is not str or not (value or name == "PREDICT"):
+                stop(f"{shown}: it has to be text, in quotes where it stands in the file.")
+        elif name != "ARCHITECTURES" and type(value) is not bool:
             stop(f"{shown}: it has to be true or false.")
-    if not flags.ARCHITECTURES:
-        stop("ARCHITECTURES is empty: name at least one timm model, such as resnet18.")
+    if type(flags.ARCHITECTURES) is not tuple or not flags.ARCHITECTURES:
+        stop(f"ARCHITECTURES = {flags.ARCHITECTURES}: name at least one timm model, such as resnet18.")
     for name in flags.ARCHITECTURES:
-        if not timm.is_model(name):
-            stop(f"ARCHITECTURES: timm knows no model {name!r}.{suggestion(name, timm.list_models())} "
-                 "timm.list_models() lists all names.")
-    if flags.PREDICT and not Path(flags.PREDICT).exists():
+        with contextlib.suppress(RuntimeError):  # a tag, as in resnet18.a1_in1k, that timm doesn't know
+            if timm.is_model(name) and timm.get_pretrained_cfg(name):
+                continue
+        stop(f"ARCHITECTURES: timm knows no model {name!r}.{suggestion(name, timm.list_models())} "
+             "timm.list_models() lists all names.")
+    # os.path, unlike Path, takes a path that can't even be looked at for one that isn't there
+    if flags.PREDICT and PROCESSES > 1:
+        stop("PREDICT: start a single process, without torchrun.")
+    if flags.PREDICT and not os.path.exists(flags.PREDICT):
         stop(f"PREDICT = {flags.PREDICT}: there is no such image or folder.")
-    if flags.PRETRAINED not in ("auto", "none") and not Path(flags.PRETRAINED).exists():
+    if flags.PRETRAINED not in ("auto", "none") and not os.path.exists(flags.PRETRAINED):
         stop(f"PRETRAINED = {flags.PRETRAINED}: neither auto, none nor an existing file or folder."
              + suggestion(flags.PRETRAINED, ("auto", "none")))
     if flags.DATASET not in DATASETS:
-        if not Path(flags.DATASET).is_dir():
+        if not os.path.isdir(flags.DATASET):
             stop(f"DATASET = {flags.DATASET}: neither {', '.join(DATASETS)} nor an existing folder."
                  + suggestion(flags.DATASET, DATASETS))
         for name in ("DATA_DIR", "OUTPUT_DIR"):
-            if Path(getattr(flags, name)).resolve().is_relative_to(Path(flags.DATASET).resolve()):
+            if Path(os.path.realpath(getattr(flags, name))).is_relative_to(os.path.realpath(flags.DATASET)):
                 stop(f"{name} = {getattr(flags, name)}: it lies in DATASET = {flags.DATASET}, where nothing is ever "
                      f"written. Choose a folder elsewhere with --{name.lower().replace('_', '-')}.")
-    if flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS < PROCESSES:
-        stop(f"BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS = {flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS}: fewer "
-             f"images in an update than the {PROCESSES} processes. Raise one of them, or start fewer processes.")
+    smallest = flags.BATCH_SIZE * (1 if flags.ABLATION else flags.GRADIENT_ACCUMULATION_STEPS)
+    if smallest < 2 * PROCESSES and PROCESSES > 1:
+        stop(f"BATCH_SIZE = {flags.BATCH_SIZE}: an update of {smallest} images leaves too few for each of the {PROCESSES} "
+             "processes. Raise it, or start fewer processes.")
+
+
+def check_update(flags: SimpleNamespace, images: int) -> None:
+    """Stop if an update takes more images than there are to train on."""
+    update = flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS
+    if update > images:
+        batch = min(flags.BATCH_SIZE, images)
+        stop(f"BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS = {flags.BATCH_SIZE} x {flags.GRADIENT_ACCUMULATION_STEPS}: an update "
+             f"of {update:,} images is more than an epoch's {images:,} training images. Lower them, such as with "
+             f"{f'--batch-size {batch} ' * (batch < flags.BATCH_SIZE)}--gradient-accumulation-steps {images // batch}.")
 
 
 def check_image_size(flags: SimpleNamespace) -> None:
@@ -196,12 +233,15 @@ def check_image_size(flags: SimpleNamespace) -> None:
         try:
             with torch.device("meta"):
                 network = new_network(name, 2, flags.IMAGE_SIZE)
+                if not isinstance(network.get_classifier(), nn.Module):
+                    stop(f"ARCHITECTURES: {name} has several heads, which this script can't train. Choose another.")
                 network(torch.zeros(flags.BATCH_SIZE, 3, flags.IMAGE_SIZE, flags.IMAGE_SIZE))
         except NotImplementedError:
             continue  # a layer that the meta device lacks: the real device will tell
         except (AssertionError, RuntimeError, ValueError) as error:
             stop(f"IMAGE_SIZE = {flags.IMAGE_SIZE}, BATCH_SIZE = {flags.BATCH_SIZE}: {name} can't train on such batches "
-                 f"({str(error).splitlines()[0].rstrip('.')}). Choose other values, such as the size 96 or 224.")
+                 f"({reason(error)}). Choose other values, such as the size "
+                 f"{timm.get_pretrained_cfg(name).input_size[-1]} that it was made for.")
 
 
 def choose_device() -> torch.device:
@@ -212,17 +252,12 @@ def choose_device() -> torch.device:
                 ctypes.CDLL(None).mallopt(parameter, size)
         return torch.device("cpu")
     if torch.accelerator.device_count() <= LOCAL_RANK:
-        stop(f"--nproc_per_node: more processes than the {torch.accelerator.device_count()} accelerators of this machine.")
+        stop(f"--nproc_per_node: more processes than the {torch.accelerator.device_count()} accelerators of this machine.",
+             everywhere=True)  # the first process has one
     torch.accelerator.set_device_index(LOCAL_RANK)
     torch.backends.cudnn.benchmark = True  # image sizes are fixed, so the fastest convolution is worth a search
     torch.set_float32_matmul_precision("high")  # TF32 where there is any: 10 bits of mantissa suffice to train
     return torch.device(torch.accelerator.current_accelerator().type, LOCAL_RANK)
-
-
-def join_processes(device: torch.device) -> None:
-    """Meet the other processes that torchrun started, on this machine and others."""
-    if PROCESSES > 1:
-        distributed.init_process_group(distributed.get_default_backend_for_device(device))
 
 
 def from_first_process(make: Callable[[], Any]) -> Any:
@@ -255,10 +290,13 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        stop(f"{file} can't be written ({error.strerror or error}). Make room, or choose another folder with --output-dir; "
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises another error in its wake
+        if not isinstance(cause, OSError):
+            raise
+        stop(f"{file} can't be written ({cause.strerror or cause}). Make room, or choose another folder with --output-dir; "
              "what was written before is whole, and --resume true goes on from there.")
 
 
@@ -266,7 +304,8 @@ def check_output(flags: SimpleNamespace) -> None:
     """Stop if the folder for results can't be made or nothing can be written there."""
     trial = Path(flags.OUTPUT_DIR, "checkpoints", "trial")
     write_whole(trial, lambda stream: stream.write(b"trial"))
-    trial.unlink(missing_ok=True)
+    if RANK == 0:
+        trial.unlink()
 
 
 def small_profile(flags: SimpleNamespace, device: torch.device) -> SimpleNamespace:
@@ -299,10 +338,8 @@ def reachable(url: str) -> bool:
     """Whether a host answers, asked once a run: libraries would retry for most of a minute per file."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=4).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)  # a refusal is an answer too
     return True
 
 
@@ -331,12 +368,15 @@ class Data:
     labels: Tensor  # int64 [N], on the images' device
     split: dict[str, Tensor]  # "train", "validation", "test": int64 indices into images
     fingerprint: int = 0  # tells these images, labels and this split from others
+    waited: float = 0.0  # seconds spent so far on getting images out of memory or from the disk
 
     def fetch(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images uint8 [n, 3, H, W] and labels [n] of the given indices, on the device."""
+        started = time.perf_counter()
         images, labels = self.images[batch], self.labels[batch]
         if images.device != device and device.type in ("cuda", "xpu"):
             images = images.pin_memory()  # only a pinned copy can overlap with computing
+        self.waited += time.perf_counter() - started
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
@@ -358,12 +398,19 @@ def unpack_fashion_mnist(raw: Path, packed: Path) -> None:
             source, target = packed / f"{name}-{kind}-ubyte.gz", raw / f"{name}-{kind}-ubyte"
             if not source.is_file():
                 return
-            content = gzip.decompress(source.read_bytes())
+            try:
+                content = gzip.decompress(source.read_bytes())
+            except (OSError, EOFError, zlib.error):
+                content = b""
             expected = np.array(header, dtype=">i4").tobytes()
             if not content.startswith(expected) or len(content) != len(expected) + math.prod(header[1:]):
                 stop(f"{source} is damaged: it doesn't hold the {count:,} items that it should. Reinstall the package.")
-            raw.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
+            try:
+                raw.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+            except OSError as error:
+                stop(f"DATA_DIR: {target} can't be written ({error.strerror}). Make room, or choose another folder with "
+                     "--data-dir.")
 
 
 def fashion_mnist(folder: Path, download: bool, packed: Path = Path("/usr/share/datasets/fashion-mnist")) -> Source:
@@ -436,11 +483,16 @@ def decode(path: Path, side: int) -> np.ndarray:
 
     Any mode becomes RGB: EXIF rotation applied, transparency laid over white, 16 bits scaled to 8.
     """
+    if not path.is_file():
+        raise OSError("not a file")  # a pipe would be waited for
     with Image.open(path) as image:
         image.draft("RGB", (side, side))  # lets the JPEG decoder skip detail that the next line would average away
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits: Pillow would clip at 255 instead of scaling
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        if image.mode[0] in "IF":  # more than 8 bits: Pillow would clip at 255 instead of scaling
+            values = np.nan_to_num(np.asarray(image, dtype=float)).clip(0)
+            top = 65535 if image.mode.startswith("I;16") else next(
+                (limit for limit in (1, 255, 65535) if values.max() <= limit), values.max())
+            image = Image.fromarray((values / top * 255).round().astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
@@ -452,8 +504,11 @@ def files_below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> NoReturn:
         stop(f"{error.filename} can't be opened ({error.strerror}). Give yourself the right to read it, or move it away.")
 
-    return sorted(Path(place, name) for place, _, names in os.walk(folder, onerror=refuse)
-                  for name in names if not name.startswith("."))
+    files = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # .ipynb_checkpoints holds copies
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(files)
 
 
 def decode_all(paths: list[Path], side: int, flags: SimpleNamespace) -> tuple[Tensor, dict[int, str]]:
@@ -467,7 +522,7 @@ def decode_all(paths: list[Path], side: int, flags: SimpleNamespace) -> tuple[Te
                 images[position] = torch.from_numpy(decode(paths[position], side).copy())
             except Exception as error:  # Pillow raises nearly anything on a damaged file
                 images[position] = 0
-                unreadable[position] = f"{paths[position]}: {error}"
+                unreadable[position] = printable(f"{paths[position]}: {reason(error)}")
 
         if first:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice this size is an error, and is listed
@@ -493,6 +548,8 @@ def room_for(count: int, side: int, flags: SimpleNamespace, fresh: bool) -> Tens
                 if hasattr(os, "posix_fallocate"):  # on a full disk a mapped file would kill the process later
                     os.posix_fallocate(stream.fileno(), 0, size)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                file.unlink()  # what there was room for
             stop(f"{file} can't be written ({error.strerror}): the decoded images need {size / 1e9:.1f} GB. Make room, choose "
                  "another folder with --data-dir, or lower TRAIN_IMAGES or IMAGE_SIZE.")
     return torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8).view(count, 3, side, side)
@@ -501,9 +558,9 @@ def room_for(count: int, side: int, flags: SimpleNamespace, fresh: bool) -> Tens
 def image_folder(folder: Path, side: int, flags: SimpleNamespace) -> Source:
     """A folder of class folders, or train/ [val/] [test/] folders of class folders. Nothing is written into it."""
     names = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
-    parts = {role: next((folder / name for name in tried if (folder / name).is_dir()), None)
-             for role, tried in names.items()} if (folder / "train").is_dir() else {"": folder}
     try:
+        parts = {role: next((folder / name for name in tried if (folder / name).is_dir()), None)
+                 for role, tried in names.items()} if any(path.is_dir() for path in folder.glob("train/*")) else {"": folder}
         found = {(role, path): files_below(path) for role, part in parts.items() if part
                  for path in sorted(part.iterdir()) if path.is_dir() and not path.name.startswith(".")}
     except OSError as error:
@@ -526,36 +583,35 @@ def image_folder(folder: Path, side: int, flags: SimpleNamespace) -> Source:
         source.unreadable = unreadable
         return images
 
-    source = Source(folder.name, classes, labels, roles, read)
+    source = Source(printable(folder.name), [printable(name) for name in classes], labels, roles, read)
     return source
 
 
 def find_source(flags: SimpleNamespace) -> tuple[Source, str]:
     """The data set that DATASET asks for, and one sentence that says what was chosen and why."""
-    folder = Path(flags.DATA_DIR)
-    packed = {"cifar10": (cifar10, torchvision.datasets.CIFAR10.url),
-              "fashion_mnist": (fashion_mnist, torchvision.datasets.FashionMNIST.mirrors[0])}
+    folder, chosen = Path(flags.DATA_DIR), f"DATASET is {flags.DATASET}"
     if flags.DATASET == "shapes":
-        return shapes(flags.SEED), "DATASET is shapes: drawn by this script."
-    if flags.DATASET in packed:
-        load, url = packed[flags.DATASET]
-        with contextlib.suppress(RuntimeError):
-            return load(folder, download=False), f"DATASET is {flags.DATASET}: found on this machine."
-        if not reachable(url):
-            stop(f"DATASET = {flags.DATASET}: it is not in {folder}/, and {url} can't be reached. "
-                 "Connect to the internet once, or use --dataset shapes.")
-        return load(folder, download=True), f"DATASET is {flags.DATASET}: downloaded to {folder}/."
-    if flags.DATASET == "auto":
-        with contextlib.suppress(RuntimeError):
-            return cifar10(folder, download=False), f"DATASET is auto: CIFAR-10 was found in {folder}/."
-        if reachable(packed["cifar10"][1]):
-            return cifar10(folder, download=True), f"DATASET is auto: CIFAR-10 was downloaded to {folder}/."
-        missing = f"DATASET is auto: CIFAR-10 is not in {folder}/ and can't be downloaded from here"
-        with contextlib.suppress(RuntimeError):
-            return fashion_mnist(folder, download=False), f"{missing}, so Fashion-MNIST, found here, takes its place."
-        return shapes(flags.SEED), f"{missing}, nor is Fashion-MNIST here, so the built-in shapes take its place."
-    stored = round(flags.IMAGE_SIZE * 8 / 7)  # a margin for random crops, as 256 stored for 224 seen
-    return image_folder(Path(flags.DATASET), stored, flags), f"DATASET is the folder {flags.DATASET}."
+        return shapes(flags.SEED), f"{chosen}: drawn by this script."
+    if flags.DATASET not in DATASETS:
+        stored = round(flags.IMAGE_SIZE * 8 / 7)  # a margin for random crops, as 256 stored for 224 seen
+        return image_folder(Path(flags.DATASET), stored, flags), f"DATASET is the folder {flags.DATASET}."
+    name, load, url = ("Fashion-MNIST", fashion_mnist, torchvision.datasets.FashionMNIST.mirrors[0]) if (
+        flags.DATASET == "fashion_mnist") else ("CIFAR-10", cifar10, torchvision.datasets.CIFAR10.url)
+    with contextlib.suppress(RuntimeError):
+        return load(folder, download=False), f"{chosen}: {name} was found on this machine."
+    if reachable(url):
+        try:
+            return load(folder, download=True), f"{chosen}: {name} was downloaded to {folder}/."
+        except (OSError, RuntimeError) as error:
+            stop(f"DATASET: the download to {folder}/ failed ({reason(error)}). Try again, make room, choose another folder "
+                 "with --data-dir, or use --dataset shapes.")
+    if flags.DATASET != "auto":
+        stop(f"DATASET = {flags.DATASET}: it is not in {folder}/, and {url} can't be reached. "
+             "Connect to the internet once, or use --dataset shapes.")
+    missing = f"{chosen}: CIFAR-10 is not in {folder}/ and can't be downloaded from here"
+    with contextlib.suppress(RuntimeError):
+        return fashion_mnist(folder, download=False), f"{missing}, so Fashion-MNIST, found here, takes its place."
+    return shapes(flags.SEED), f"{missing}, nor is Fashion-MNIST here, so the built-in shapes take its place."
 
 
 def stratified_order(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -597,7 +653,7 @@ def check_split(source: Source, positions: np.ndarray, parts: dict[str, np.ndarr
             missing = [name for index, name in enumerate(source.classes) if index not in learned]
             stop(f"DATASET {source.name}: too few images for a {role} part with every class: {len(positions)} images of "
                  f"{len(source.classes)} classes{' (none to train on for ' + ', '.join(missing[:9]) + ')' if missing else ''}. "
-                 "Add images, or raise TRAIN_IMAGES.")
+                 "Add images, or raise TRAIN_IMAGES or TEST_IMAGES.")
 
 
 def load_data(flags: SimpleNamespace, device: torch.device) -> tuple[Data, list[str]]:
@@ -606,35 +662,24 @@ def load_data(flags: SimpleNamespace, device: torch.device) -> tuple[Data, list[
         source, notice = find_source(flags)
     chosen = split(source, flags.TRAIN_IMAGES, flags.TEST_IMAGES, flags.SEED)
     everything = np.concatenate(list(chosen.values()))
-    update = flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS
-    if update > len(chosen["train"]):
-        stop(f"BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS = {flags.BATCH_SIZE} x {flags.GRADIENT_ACCUMULATION_STEPS}: an update "
-             f"of {update:,} images is more than an epoch's {len(chosen['train']):,} training images. "
-             f"Lower one of them, such as --gradient-accumulation-steps {max(1, len(chosen['train']) // flags.BATCH_SIZE)}.")
+    check_update(flags, len(chosen["train"]))
     images = source.read(everything)
     labels = torch.from_numpy(source.labels[everything]).long()
     content = (labels.numpy(), *chosen.values(), images[:: max(1, len(images) // 1000)].numpy())  # a sample of the images
     fingerprint = functools.reduce(lambda sum_, part: zlib.crc32(np.ascontiguousarray(part), sum_), content, 0)
-    starts = np.cumsum([0, *(len(part) for part in chosen.values())])
-    parts = {role: np.array([index for index in range(start, start + len(part)) if index not in source.unreadable], dtype=int)
-             for (role, part), start in zip(chosen.items(), starts, strict=False)}
+    readable = ~np.isin(np.arange(len(everything)), list(source.unreadable))
+    roles = np.repeat(list(chosen), [len(part) for part in chosen.values()])
+    parts = {role: np.flatnonzero(readable & (roles == role)) for role in chosen}
     check_split(source, everything, parts)
-    if device.type != "cpu" and images.nbytes < free_memory() / 2:
-        images = images.to(device)
+    with contextlib.suppress(RuntimeError):  # where PyTorch can't tell what is free (Apple), they stay in main memory
+        if device.type != "cpu" and images.nbytes < torch.accelerator.get_memory_info()[0] / 2:
+            images = images.to(device)
     notices = [notice]
     if source.unreadable:
         notices.append(f"SKIP_UNREADABLE: {len(source.unreadable)} of {len(everything):,} files can't be read as images and "
                        "were left out:\n  " + "\n  ".join(sorted(source.unreadable.values())))
     return Data(source.name, list(source.classes), images, labels.to(images.device),
                 {role: torch.from_numpy(part).to(images.device) for role, part in parts.items()}, fingerprint), notices
-
-
-def free_memory() -> float:
-    """Bytes that the accelerator has free; where PyTorch can't tell (Apple), 0, so that images stay in main memory."""
-    try:
-        return torch.accelerator.get_memory_info()[0]
-    except (RuntimeError, NotImplementedError):
-        return 0
 
 
 RANDOM_NUMBERS = 14  # uniform numbers that decide one image's augmentation
@@ -764,6 +809,7 @@ def find_weights(name: str, pretrained: str) -> Weights:
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             stop(f"PRETRAINED = {pretrained}: no such file, nor a folder with {name}.safetensors or {name}.pth in it.")
+        check_weights(name, file)
         return Weights(name, f"weights of {file.name}", dict(file=str(file)))
     settings = timm.get_pretrained_cfg(name)
     repository = settings.hf_hub_id if settings else None
@@ -778,6 +824,21 @@ def find_weights(name: str, pretrained: str) -> Weights:
     if shipped is None:
         return Weights(name, "RANDOM WEIGHTS (no ImageNet weights could be had)", None)
     return Weights(STAND_IN, "ImageNet weights of EfficientNet-Lite0", dict(state_dict=shipped), name)
+
+
+def check_weights(name: str, file: Path) -> None:
+    """Stop unless a file holds most of a network's weights: timm leaves in silence at random what the file doesn't name."""
+    built = []
+    try:
+        for options in ({}, dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                built.append(timm.create_model(name, num_classes=2, **options))
+    except Exception as error:  # torch.load and timm raise nearly anything
+        stop(f"PRETRAINED: {file} can't be used as weights for {name} ({reason(error)[:200]}).")
+    same = [torch.equal(*pair) for pair in zip(*(network.parameters() for network in built), strict=True) if pair[0].ndim > 1]
+    if sum(same) > len(same) / 2:
+        stop(f"PRETRAINED: {file} holds no weights for {name}: {sum(same)} of {len(same)} layers are not in it.")
 
 
 def weight_notices(weights: list[Weights]) -> list[str]:
@@ -916,16 +977,6 @@ def precision(device: torch.device, mixed: Precision) -> contextlib.AbstractCont
     return torch.autocast(device.type, mixed) if mixed else contextlib.nullcontext()
 
 
-def with_last(items: Iterable) -> Iterator[tuple[Any, bool]]:
-    """Each item, and whether it is the last one."""
-    items = iter(items)
-    item = next(items)
-    for following in items:
-        yield item, False
-        item = following
-    yield item, True
-
-
 def apply_update(network: nn.Module, micro_batches: Iterable[tuple[Tensor, Tensor]], images: float,
                  optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, rates: list[float],
                  mixed: Precision, label_smoothing: float) -> Tensor:
@@ -937,9 +988,10 @@ def apply_update(network: nn.Module, micro_batches: Iterable[tuple[Tensor, Tenso
     for group in optimizer.param_groups:
         group["lr"] = rates[group["layer"]]
     totals = torch.zeros(3, device=next(network.parameters()).device)
-    for (inputs, labels), last in with_last(micro_batches):
-        # Several processes exchange gradients once, in the last backward() of the update.
-        with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else contextlib.nullcontext():
+    for (inputs, labels), following in itertools.pairwise(itertools.chain(micro_batches, [None])):
+        # Several processes exchange gradients once, in the last backward() of the update: that which nothing follows.
+        several = isinstance(network, DistributedDataParallel)
+        with network.no_sync() if several and following else contextlib.nullcontext():
             with precision(inputs.device, mixed):
                 logits = network(inputs)
             loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
@@ -989,12 +1041,14 @@ def within_memory(work: Callable[[], Any], model: Model, flags: SimpleNamespace)
             if not ran_out_of_memory(error):
                 raise
         size = model.micro_batch or flags.BATCH_SIZE  # outside "except", whose traceback would hold the tensors
-        if PROCESSES > 1:
-            stop(f"{model.name}: process {RANK} ran out of memory, and the others can't know. Use --batch-size {size // 2} "
-                 f"--gradient-accumulation-steps {2 * flags.GRADIENT_ACCUMULATION_STEPS} --resume true.", everywhere=True)
         if size == 1:
             stop(f"{model.name}: memory ran out with a single image in a micro-batch. Lower IMAGE_SIZE = "
-                 f"{flags.IMAGE_SIZE}, choose a smaller model with --architectures, or close other programs.")
+                 f"{flags.IMAGE_SIZE}, choose a smaller model with --architectures, or close other programs.", everywhere=True)
+        if PROCESSES > 1:
+            fewer = next(count for count in range(size // 2, 0, -1) if size % count == 0)  # the update has to stay the same
+            stop(f"{model.name}: process {RANK} ran out of memory, and the others can't know. Use --batch-size {fewer} "
+                 f"--gradient-accumulation-steps {size // fewer * flags.GRADIENT_ACCUMULATION_STEPS} --resume true.",
+                 everywhere=True)
         model.micro_batch = (size + 1) // 2
         model.network.zero_grad(set_to_none=True)
         if torch.accelerator.is_available():
@@ -1046,10 +1100,13 @@ def cached_batches(model: Model, data: Data, view: int, windows: tuple[Tensor, .
     """
     if view not in model.features:
         model.network.eval()
-        with precision(model.mean.device, mixed):
-            model.features[view] = within_memory(lambda: torch.cat(
-                [pooled_features(model.network, inputs).float() for inputs, _ in
-                 micro_batches(data, torch.cat(windows), random, model, flags)]), model, flags)
+
+        def backbone(images: Tensor) -> Tensor:
+            with precision(images.device, mixed):  # not around micro_batches: images are augmented in FP32
+                return pooled_features(model.network, images).float()
+
+        model.features[view] = within_memory(lambda: torch.cat(
+            [backbone(images) for images, _ in micro_batches(data, torch.cat(windows), random, model, flags)]), model, flags)
     parts = model.features[view].split([len(window) for window in windows])
     return [[(part, data.labels[window].to(part.device))] for part, window in zip(parts, windows, strict=True)]
 
@@ -1091,7 +1148,7 @@ def check_updates(skipped: list[bool], row: int, where: str, rates: list[float],
 def train_epoch(model: Model, data: Data, epoch: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                 mixed: Precision, flags: SimpleNamespace) -> dict[str, Any]:
     """Train for one epoch, counted from 0; returns its entry for results.json without the validation figures."""
-    started, learning = time.perf_counter(), groups_trained(epoch, flags.NUM_EPOCHS, model)
+    started, waited, learning = time.perf_counter(), data.waited, groups_trained(epoch, flags.NUM_EPOCHS, model)
     torch.manual_seed(model.seed * 100_003 + epoch)  # for dropout, where a network has it: no state to save for resuming
     trainable, images = unfreeze(model, learning), len(data.split["train"])
     kept = views_to_keep(model, learning, images, flags)
@@ -1123,7 +1180,7 @@ def train_epoch(model: Model, data: Data, epoch: int, optimizer: torch.optim.Opt
     return dict(epoch=epoch + 1, stage=stage_of(epoch, flags.NUM_EPOCHS, model.gradual) + 1,
                 trainable_parameters=trainable, learning_rate=rates[-1][0], train_loss=loss / images,
                 train_accuracy=correct / images, skipped_updates=sum(skipped), skipped_in_a_row=row, loss_scale=scale,
-                seconds=time.perf_counter() - started)
+                waiting_seconds=data.waited - waited, seconds=time.perf_counter() - started)
 
 
 def train_model(model: Model, data: Data, mixed: Precision, flags: SimpleNamespace, file: Path | None = None,
@@ -1138,7 +1195,7 @@ def train_model(model: Model, data: Data, mixed: Precision, flags: SimpleNamespa
         model.network.load_state_dict(saved["state_dict"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        model.epochs, model.micro_batch = saved["epochs"], saved["micro_batch"]
+        model.epochs, model.micro_batch = saved["epochs"], min(saved["micro_batch"] or flags.BATCH_SIZE, flags.BATCH_SIZE)
     for epoch in range(len(model.epochs), flags.NUM_EPOCHS):
         entry = train_epoch(model, data, epoch, optimizer, scaler, mixed, flags)
         loss, accuracy = score(validate(model, data, mixed, flags), data, "validation")
@@ -1156,15 +1213,17 @@ def train_model(model: Model, data: Data, mixed: Precision, flags: SimpleNamespa
     return model.epochs
 
 
-PER_RUN = ("RESUME", "PREDICT", "DATA_DIR", "OUTPUT_DIR", "ARCHITECTURES", "SEED", "USE_ENSEMBLE", "SKIP_UNREADABLE",
-           "BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS")  # flags that don't change one model's training, or are put otherwise
+PER_RUN = ("ARCHITECTURES", "SEED", "USE_ENSEMBLE", "ABLATION", "ABLATION_SEEDS", "SKIP_UNREADABLE", "RESUME", "PREDICT",
+           "DATA_DIR", "OUTPUT_DIR", "BATCH_SIZE",
+           "GRADIENT_ACCUMULATION_STEPS")  # flags that don't change one model's training, or are put otherwise
 
 
 def run_signature(model: Model, data: Data, flags: SimpleNamespace) -> dict[str, Any]:
     """What has to be the same for training to go on from a checkpoint: the flags that matter, the model, the images."""
     return {name: value for name, value in vars(flags).items() if name not in PER_RUN} | {
         "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS": flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS,
-        "the model's architecture": model.weights.architecture, "the model's first weights": model.weights.origin,
+        "the model's architecture": model.weights.architecture,
+        "the model's first weights": model.weights.origin.removesuffix(" (cached)"),  # downloaded once, cached from then on
         "SEED plus the model's place in ARCHITECTURES": model.seed, "the checksum of the images": data.fingerprint}
 
 
@@ -1184,9 +1243,8 @@ def read_checkpoint(file: Path, model: Model, data: Data, flags: SimpleNamespace
         before = saved["run"]
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         file.replace(file.with_suffix(".damaged"))
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        say(f"  {file} is damaged ({reason}) and was set aside as {file.stem}.damaged; {model.name} starts from its first "
-            "epoch.")
+        say(f"  {file} is damaged ({reason(error)[:80]}) and was set aside as {file.stem}.damaged; {model.name} starts from "
+            "its first epoch.")
         return None
     changed = [f"{name} was {before.get(name)} and is {value}" for name, value in run_signature(model, data, flags).items()
                if before.get(name) != value]
@@ -1209,16 +1267,16 @@ def answers(network: Callable[[Tensor], Tensor], model: Model, data: Data, role:
     device, views = model.mean.device, list(views)
 
     def answer(batch: Tensor) -> Tensor:
-        images, _ = data.fetch(batch, device)
-        with precision(device, mixed):
-            return torch.stack([network(view(images, flags.IMAGE_SIZE, model, **options)) for options in views]).float()
-
-    def answer_in_parts(batch: Tensor) -> Tensor:
-        return torch.cat([answer(part) for part in batch.split(model.micro_batch or flags.BATCH_SIZE)], dim=1)
+        parts = []
+        for images, _ in (data.fetch(part, device) for part in batch.split(model.micro_batch or flags.BATCH_SIZE)):
+            seen = [view(images, flags.IMAGE_SIZE, model, **options) for options in views]  # in FP32, as in training
+            with precision(device, mixed):
+                parts.append(torch.stack([network(inputs) for inputs in seen]))
+        return torch.cat(parts, dim=1).float()
 
     everyone = data.split[role]
     own = own_share(torch.arange(len(everyone), device=everyone.device))
-    parts = torch.cat([within_memory(functools.partial(answer_in_parts, batch), model, flags)
+    parts = torch.cat([within_memory(functools.partial(answer, batch), model, flags)
                        for batch in progress(everyone[own].split(flags.BATCH_SIZE), role)], dim=1)
     if PROCESSES == 1:
         return parts
@@ -1260,37 +1318,199 @@ def score(probabilities: Tensor, data: Data, role: str) -> tuple[float, float]:
     return -likelihood.log().mean().item(), (probabilities.argmax(1) == labels).double().mean().item()
 
 
-def evaluate_ensemble(plain: list[Tensor], averaged: list[Tensor], best: float, data: Data) -> dict[str, Any]:
-    """Soft voting over models, from probabilities already computed; best is the best single model's accuracy."""
-    accuracy, tta_accuracy = (score(soft_vote(part), data, "test")[1] for part in (plain, averaged))
+def wilson_interval(share: float, count: int) -> list[float]:
+    """The 95 % interval of a share of `count` images (Wilson, 1927); it stays within 0 and 1, also near them."""
+    z = 1.959964
+    centre, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return [(centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)]
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al., 2017): how far confidence and accuracy lie apart, on average over images.
+
+    Images are put into equally wide bins by the probability [n, classes] of their predicted class.
+    """
+    confidence, predicted = probabilities.double().max(1)
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.double).index_add(0, place, confidence - (predicted == labels).double())
+    return gaps.abs().sum().item() / len(labels)
+
+
+def judge(probabilities: Tensor, data: Data, prefix: str = "") -> dict[str, Any]:
+    """What the test images say of probabilities [n, classes], each figure's name with a prefix."""
+    loss, accuracy = score(probabilities, data, "test")
+    labels = data.labels[data.split["test"]].cpu()
+    return {prefix + name: value for name, value in dict(
+        accuracy=accuracy, interval=wilson_interval(accuracy, len(labels)), loss=loss,
+        calibration_error=calibration_error(probabilities, labels)).items()}
+
+
+def paired_gain(first: Tensor, second: Tensor, data: Data, prefix: str = "") -> dict[str, Any]:
+    """By how much the first probabilities are right more often than the second on the same test images.
+
+    With the 95 % bootstrap interval over images (Efron, 1979), and the probability that mere chance decides between
+    them so unevenly: McNemar's exact test (McNemar, 1947), which looks only at the images where one alone is right.
+    """
+    labels = data.labels[data.split["test"]].cpu()
+    right = [(probabilities.argmax(1) == labels) for probabilities in (first, second)]
+    won, lost, count = (right[0] & ~right[1]).sum().item(), (right[1] & ~right[0]).sum().item(), len(labels)
+    # Drawing n images with replacement, and counting how often each kind comes, is one multinomial draw.
+    draws = np.random.default_rng(0).multinomial(count, [won / count, lost / count, 1 - (won + lost) / count], 10_000)
+    interval = np.quantile((draws[:, 0] - draws[:, 1]) / count, [0.025, 0.975]).tolist()
+    tail = sum(math.comb(won + lost, wins) for wins in range(min(won, lost) + 1))
+    return {prefix + "gain": (won - lost) / count, prefix + "gain_interval": interval,
+            prefix + "gain_chance": min(1.0, 2 * tail / 2 ** (won + lost))}
+
+
+def evaluate_ensemble(plain: list[Tensor], averaged: list[Tensor], data: Data) -> dict[str, Any]:
+    """Soft voting over models, from probabilities already computed, against the single model that tests best."""
+    labels = data.labels[data.split["test"]].cpu()
     votes = torch.stack([part.argmax(1) for part in plain])
-    return dict(accuracy=accuracy, tta_accuracy=tta_accuracy, gain_over_best=accuracy - best, gain_interval=None,
-                disagreement=(votes != votes[0]).any(0).double().mean().item())
+    wrong, vote = votes != labels, soft_vote(plain)
+    gain = paired_gain(vote, plain[int(wrong.sum(1).argmin())], data)
+    return dict(judge(vote, data), **judge(soft_vote(averaged), data, "tta_"), gain_over_best=gain["gain"],
+                gain_interval=gain["gain_interval"], gain_chance=gain["gain_chance"],
+                disagreement=(votes != votes[0]).any(0).double().mean().item(),
+                shared_errors=(wrong.all(0).sum() / wrong.any(0).sum().clamp(min=1)).item())
 
 
-# ==== 7. Measuring speed ============================================================================================
+def by_class(probabilities: Tensor, data: Data) -> list[dict[str, Any]]:
+    """For each class its name, how many test images it has, and how many of them are taken for another."""
+    labels = data.labels[data.split["test"]].cpu()
+    images, errors = (torch.bincount(part, minlength=len(data.classes)).tolist()
+                      for part in (labels, labels[probabilities.argmax(1) != labels]))
+    return [dict(name=name, images=count, errors=wrong) for name, count, wrong in
+            zip(data.classes, images, errors, strict=True)]
 
 
-def measure_update(model: Model, data: Data, count: int, mixed: Precision, flags: SimpleNamespace) -> tuple[float, int | None]:
-    """Images/s of updates that train `count` layer groups, the median of three, and peak memory in bytes.
+# ==== 7. What each technique is worth ===============================================================================
 
-    The updates have a rate of 0, but BatchNorm's statistics move: the model is spent. Memory is None on a CPU.
+TECHNIQUES = {  # name: what switches it off
+    "mixed precision": dict(USE_MIXED_PRECISION=False), "gradient accumulation": dict(GRADIENT_ACCUMULATION_STEPS=1),
+    "cosine annealing": dict(USE_COSINE_SCHEDULE=False), "gradual unfreezing": dict(GRADUAL_UNFREEZING=False),
+    "test-time augmentation": dict(USE_TTA=False)}
+
+
+def crossed_interval(differences: np.ndarray) -> tuple[float, list[float]]:
+    """The mean of paired differences [seeds, images], each -1, 0 or 1, and its 95 % interval.
+
+    The seeds and the test images are two samples, and another draw of either would move the mean: its variance is
+    about the sum of the variances of the seeds' means and of the images' means, and Student's t has the degrees of
+    freedom of Satterthwaite (1946), two at least with three seeds. A single seed tells nothing of other seeds.
+    """
+    means = [part for part in (differences.mean(1), differences.mean(0)) if len(part) > 1]
+    variances = [part.var(ddof=1) / len(part) for part in means]
+    if sum(variances) == 0:
+        return float(differences.mean()), [float(differences.mean())] * 2
+    freedom = sum(variances) ** 2 / sum(variance**2 / (len(part) - 1) for variance, part in zip(variances, means, strict=True))
+    quantile = np.quantile(np.random.default_rng(0).standard_t(freedom, 1_000_000), 0.975)
+    half = quantile * math.sqrt(sum(variances))
+    return float(differences.mean()), [float(differences.mean() - half), float(differences.mean() + half)]
+
+
+def ledger_row(technique: str, on: list[dict], off: list[dict], data: Data, why: str = "") -> dict[str, Any]:
+    """What a technique changed, from runs with and without it, paired by seed and by test image."""
+    labels = data.labels[data.split["test"]].cpu()
+    right = [np.stack([(run["final"].argmax(1) == labels).numpy() for run in runs]).astype(float) for runs in (on, off)]
+    change, interval = crossed_interval(right[0] - right[1])
+    spent, memory = ([np.mean([run[kind] or math.nan for run in runs]) for runs in (on, off)] for kind in ("spent", "memory"))
+    verdict = "helps" if interval[0] > 0 else "hurts" if interval[1] < 0 else "no clear effect"
+    return dict(technique=technique, change=change, interval=interval, time_ratio=float(spent[0] / spent[1]),
+                memory_ratio=None if math.isnan(memory[0] + memory[1]) else float(memory[0] / memory[1]),
+                accuracy_on=float(right[0].mean()), accuracy_off=float(right[1].mean()), verdict=verdict, why=why)
+
+
+def as_tested(run: dict[str, Any], tta: bool) -> dict[str, Any]:
+    """A run as the ledger sees it: its final probabilities, the seconds of its training and testing, its peak memory."""
+    entry = run["entry"]
+    return dict(final=run["averaged" if tta else "plain"], memory=entry["peak_memory_bytes"],
+                spent=entry["seconds"] + entry["tta_seconds" if tta else "plain_seconds"])
+
+
+def ablate(source: Weights, data: Data, first: dict[str, Any], flags: SimpleNamespace, device: torch.device) -> list[dict]:
+    """Train the first model without each technique in turn, ABLATION_SEEDS times: a row of the ledger for each.
+
+    Everything is the same but the technique: images, split, seeds. `first` is the run with everything on and the first
+    seed, which the lesson has trained already. The others are kept like any model's, so an interrupted ablation goes on.
+    """
+    used = {name: off for name, off in TECHNIQUES.items() if any(getattr(flags, flag) != value for flag, value in off.items())}
+    everything = functools.reduce(dict.__or__, used.values(), {})
+    trained = {name: off for name, off in used.items() if "USE_TTA" not in off}
+    unused = dict.fromkeys(TECHNIQUES.keys() - used.keys(), "it is off in this run")
+    if first["entry"]["precision"] == "float32" and "mixed precision" in trained:
+        unused["mixed precision"] = f"not in use here: {first['entry']['precision_why']}"
+    if source.overlay is None and first["entry"]["epochs"][-1]["stage"] == 1 and "gradual unfreezing" in trained:
+        unused["gradual unfreezing"] = "not in use here: random weights are never frozen"
+    variants = {"everything": {}, **{f"without {name}": off for name, off in trained.items() if name not in unused},
+                "nothing": everything}
+    runs = {variant: [first] if variant == "everything" else [] for variant in variants}
+    for seed in range(flags.ABLATION_SEEDS):
+        for variant, off in variants.items():
+            if variant != "everything" or seed > 0:
+                title, changed = f"ablation_{variant}_{seed + 1}".replace(" ", "_"), SimpleNamespace(**vars(flags) | off)
+                model = build_model(title, source, len(data.classes), flags.SEED + seed, changed, device)
+                runs[variant].append(run_model(model, data, changed, keep=False))
+    on = [as_tested(run, flags.USE_TTA) for run in runs["everything"]]
+    rows = []
+    for name in TECHNIQUES:
+        without = runs.get(f"without {name}")  # none of test-time augmentation: it is left out of the same runs' tests
+        off = [as_tested(run, without is not None and flags.USE_TTA) for run in without or runs["everything"]]
+        rows.append(dict(technique=name, verdict="not measured", why=unused[name]) if name in unused else
+                    ledger_row(name, on, off, data))
+    rows.append(ledger_row("all of these together", on, [as_tested(run, False) for run in runs["nothing"]], data))
+    if len(on) > 1:
+        vote = dict(on[0], final=soft_vote([run["final"] for run in on]), spent=sum(run["spent"] for run in on))
+        rows.append(ledger_row(f"soft vote of {len(on)} seeds", [vote] * len(on), on, data))
+    return rows
+
+
+# ==== 8. Measuring speed ============================================================================================
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count peak memory anew: the accelerator's, or on Linux the process's."""
+    with contextlib.suppress(OSError, AttributeError, RuntimeError):  # where it can't be counted, peak_memory says so
+        if device.type == "cpu":
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        else:
+            torch.accelerator.reset_peak_memory_stats()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes in use at the peak since reset_peak_memory, or None where the system can't tell."""
+    try:
+        if device.type == "cpu":
+            return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        return torch.accelerator.max_memory_allocated()
+    except (OSError, RuntimeError, TypeError):  # TypeError: /proc/self/status without VmHWM
+        return None
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """How long work() takes, waiting for an accelerator to be done with it."""
+    started = time.perf_counter()
+    work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started
+
+
+def measure_update(model: Model, data: Data, mixed: Precision, flags: SimpleNamespace) -> tuple[float, int | None]:
+    """Images/s of updates that train all layers, the median of three, and peak memory in bytes.
+
+    The updates have a rate of 0, but BatchNorm's statistics move: the model is spent.
     """
     device = model.mean.device
-    unfreeze(model, count)
-    optimizer, scaler = make_optimizer(model, flags), make_scaler(device, mixed)
+    unfreeze(model, len(model.groups))
+    optimizer, scaler, network = make_optimizer(model, flags), make_scaler(device, mixed), across_processes(model.network)
     windows, random = epoch_plan(data, model.seed, 0, flags)
-    accelerated, seconds = device.type != "cpu", []
-    if accelerated:
-        torch.accelerator.reset_peak_memory_stats()
-    for _ in range(4):
-        started = time.perf_counter()
-        batches = micro_batches(data, windows[0], random[: len(windows[0])], model, flags)
-        apply_update(model.network, batches, len(windows[0]), optimizer, scaler, [0.0] * len(model.groups), mixed, 0.0)
-        if accelerated:
-            torch.accelerator.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return len(windows[0]) / sorted(seconds[1:])[1], torch.accelerator.max_memory_allocated() if accelerated else None
+    count, window, numbers = len(windows[0]), own_share(windows[0]), own_share(random[: len(windows[0])])
+    reset_peak_memory(device)
+    seconds = [seconds_of(lambda: within_memory(lambda: apply_update(
+        network, micro_batches(data, window, numbers, model, flags), count / PROCESSES, optimizer, scaler,
+        [0.0] * len(model.groups), mixed, 0.0), model, flags), device) for _ in range(4)]
+    return count / sorted(seconds[1:])[1], peak_memory(device)  # the first one warms up
 
 
 def flops_per_image(model: Model, size: int) -> tuple[int, int]:
@@ -1315,15 +1535,9 @@ def flops_per_image(model: Model, size: int) -> tuple[int, int]:
 @functools.cache
 def matrix_product_peak(device: torch.device, mixed: Precision) -> float:
     """Floating-point operations a second of one large matrix product: the most that training could reach."""
-    side, best = 2048 if device.type == "cpu" else 8192, math.inf
+    side = 2048 if device.type == "cpu" else 8192
     factor = torch.rand(side, side, device=device, dtype=mixed or torch.float32)
-    for _ in range(6):
-        started = time.perf_counter()
-        factor @ factor
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
+    return 2 * side**3 / min(seconds_of(lambda: factor @ factor, device) for _ in range(6))
 
 
 def peak_share(model: Model, part: list[dict[str, Any]], images: int, mixed: Precision, flags: SimpleNamespace) -> float:
@@ -1333,28 +1547,32 @@ def peak_share(model: Model, part: list[dict[str, Any]], images: int, mixed: Pre
     forward, trained = flops_per_image(model, flags.IMAGE_SIZE)
     passes = min(len(part), views_to_keep(model, learning, images, flags) or len(part))  # cached views cost one each
     operations = images * (passes * forward + len(part) * 2 * trained)
-    return operations / sum(entry["seconds"] for entry in part) / matrix_product_peak(model.mean.device, mixed)
+    spent = sum(entry["seconds"] for entry in part)
+    return operations / spent / (PROCESSES * matrix_product_peak(model.mean.device, mixed))
 
 
-def measure_speed(model: Model, data: Data, epochs: list[dict[str, Any]], seconds: dict[str, float],
-                  mixed: Precision, why: str, flags: SimpleNamespace) -> dict[str, Any]:
-    """The speed section of one model: stages, freezing, test-time augmentation, mixed precision, what is left."""
-    images, everything = len(data.split["train"]), len(model.groups)
+def measure_speed(model: Model, data: Data, mixed: Precision, flags: SimpleNamespace) -> dict[str, Any]:
+    """The speed section of one model: stages, freezing, mixed precision, larger batches, what is left of the peak."""
+    images, epochs = len(data.split["train"]), model.epochs
     stages = {str(stage): [entry for entry in epochs if entry["stage"] == stage]
               for stage in sorted({entry["stage"] for entry in epochs})}
     by_stage = {stage: images * len(part) / sum(entry["seconds"] for entry in part) for stage, part in stages.items()}
     shares = {stage: peak_share(model, part, images, mixed, flags) for stage, part in stages.items()}
-    fp32, fp32_memory = measure_update(model, data, everything, None, flags)
-    half, half_memory = measure_update(model, data, everything, mixed, flags) if mixed else (None, None)
+    micro_batch, unknown = model.micro_batch or flags.BATCH_SIZE, (None, None)
+    half, half_memory = measure_update(model, data, mixed, flags) if mixed else unknown
+    alone = PROCESSES == 1  # of several processes memory that runs out would end the job
+    model.micro_batch = 2 * micro_batch  # if memory runs out, it is halved again
+    doubled, _ = measure_update(model, data, mixed, flags) if alone else unknown
+    model.micro_batch = micro_batch
+    fp32, fp32_memory = measure_update(model, data, None, flags) if alone or not mixed else unknown  # may halve: so last
     return dict(images_per_second_by_stage=by_stage, images_per_second_all_layers=half or fp32,
                 freezing_saves=1 - (half or fp32) * sum(entry["seconds"] for entry in epochs) / (images * len(epochs)),
                 peak_flops=matrix_product_peak(model.mean.device, mixed), peak_share_by_stage=shares,
-                plain_seconds=seconds["plain"], tta_seconds=seconds["tta"], precision=str(mixed or torch.float32)[6:],
-                fp32_images_per_second=fp32, fp32_peak_bytes=fp32_memory,
-                mixed_images_per_second=half, mixed_peak_bytes=half_memory, why=why)
+                fp32_images_per_second=fp32, fp32_peak_bytes=fp32_memory, mixed_images_per_second=half,
+                mixed_peak_bytes=half_memory, double_batch_images_per_second=doubled)
 
 
-# ==== 8. Report and plots ===========================================================================================
+# ==== 9. Report, diagnosis and plots ================================================================================
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
@@ -1372,48 +1590,151 @@ def shown_name(model: dict[str, Any]) -> str:
     return model["name"] + (" (stand-in)" if model["stands_in_for"] else "")
 
 
+def points(change: float | None, interval: list[float] | None = None) -> str:
+    """A change of accuracy in points, with its 95 % interval."""
+    return "-" if change is None else f"{100 * change:+.1f}" + (
+        f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})" if interval else "")
+
+
 def accuracy_table(results: dict[str, Any]) -> list[str]:
-    """The lines of the accuracy table: a row a model, then the ensemble."""
-    row = "{:<28}{:>12}{:>10}{:>12}{:>8}{:>10}{:>10}".format
-    lines = [row("model", "parameters", "train", "validation", "test", "with TTA", "seconds")]
+    """The lines of the accuracy section: two rows a model and for the ensemble, without and with TTA; then the gains."""
+    row = "{:<28}{:>12}{:>9}{:>12}{:>8}{:>16}{:>7}{:>7}{:>9}".format
+
+    def tested(part: dict[str, Any], prefix: str) -> list[str]:
+        if part[prefix + "accuracy"] is None:
+            return ["-"] * 4
+        return [percent(part[prefix + "accuracy"]), " to ".join(f"{100 * end:.1f}" for end in part[prefix + "interval"]),
+                f"{part[prefix + 'loss']:.3f}", f"{part[prefix + 'calibration_error']:.3f}"]
+
+    lines = [row("model", "parameters", "train", "validation", "test", "95 % interval", "NLL", "ECE", "seconds")]
     for model in results["models"]:
         lines.append(row(shown_name(model), f"{model['parameters']:,}", percent(model["train_accuracy"]),
-                         percent(model["validation_accuracy"]), percent(model["test_accuracy"]),
-                         percent(model["tta_accuracy"]), f"{model['seconds']:.0f}"))
+                         percent(model["validation_accuracy"]), *tested(model, "test_"), f"{model['seconds']:.0f}"))
+        if model["tta_accuracy"] is not None:
+            lines.append(row("  with TTA", "", "", "", *tested(model, "tta_"), ""))
     ensemble = results["ensemble"]
     if ensemble["accuracy"] is not None:
-        lines += [row(f"ensemble of {len(results['models'])}", "", "", "", percent(ensemble["accuracy"]),
-                      percent(ensemble["tta_accuracy"]), ""),
-                  f"Soft voting gains {100 * ensemble['gain_over_best']:+.1f} points over the best single model; the models "
-                  f"disagree on {percent(ensemble['disagreement'])} of the test images."]
-    return [*lines, "Train is the last epoch's, on augmented images, so it can lie below test."]
+        lines.append(row(f"ensemble of {len(results['models'])}", "", "", "", *tested(ensemble, ""), ""))
+        if results["flags"]["USE_TTA"]:
+            lines.append(row("  with TTA", "", "", "", *tested(ensemble, "tta_"), ""))
+    lines += ["Train is the last epoch's, on augmented images, so it can lie below test. NLL: negative log-likelihood. ECE:",
+              "expected calibration error, how far stated confidence and accuracy lie apart. Lower is better for both."]
+    lines += [f"{shown_name(model)}: TTA gains {points(model['tta_gain'], model['tta_gain_interval'])} points, "
+              f"McNemar's p = {model['tta_gain_chance']:.2g}."
+              for model in results["models"] if model["tta_accuracy"] is not None]
+    if ensemble["accuracy"] is not None:
+        lines += [f"Soft voting gains {points(ensemble['gain_over_best'], ensemble['gain_interval'])} points over the best "
+                  f"single model, McNemar's p = {ensemble['gain_chance']:.2g}; the models disagree on "
+                  f"{percent(ensemble['disagreement'])} of the test images."]
+    return lines
 
 
 def speed_table(results: dict[str, Any]) -> list[str]:
     """The lines of the speed section, all measured in this run."""
     lines = []
     for model in results["models"]:
-        if model["name"] not in results["speed"]:
+        speed = results["speed"].get(model["name"])
+        if not speed:
             continue  # interrupted before it was timed
-        name, speed = model["name"], results["speed"][model["name"]]
         stages = ", ".join(f"{value:.0f}" for value in speed["images_per_second_by_stage"].values())
-        lines.append(f"{name}: {stages} training images/s in its stages; {speed['images_per_second_all_layers']:.0f} with all "
-                     f"layers learning, so freezing saved {percent(speed['freezing_saves'])} of the time.")
+        lines.append(f"{model['name']}: {stages} training images/s in its stages; "
+                     f"{speed['images_per_second_all_layers']:.0f} with all layers learning, so freezing saved "
+                     f"{percent(speed['freezing_saves'])} of the time.")
         shares = ", ".join(percent(share) for share in speed["peak_share_by_stage"].values())
         lines.append(f"  That is {shares} of this device's matrix-product peak, {speed['peak_flops'] / 1e9:,.0f} GFLOP/s.")
         skipped = sum(epoch["skipped_updates"] for epoch in model["epochs"])
         if skipped:
             lines.append(f"  {skipped} updates had gradients that were not finite, and were skipped.")
-        if speed["tta_seconds"]:
-            lines.append(f"  TTA: {speed['tta_seconds']:.1f} s for the test images instead of {speed['plain_seconds']:.1f} s.")
-        comparison = f"  Mixed precision: {speed['why']}"
-        if speed["mixed_images_per_second"]:
+        if model["tta_accuracy"] is not None:
+            lines.append(f"  TTA: {model['tta_seconds']:.1f} s for the test images instead of {model['plain_seconds']:.1f} s.")
+        comparison = f"  Mixed precision: {model['precision_why']}"
+        if speed["mixed_images_per_second"] and speed["fp32_images_per_second"]:
             comparison += (f" All layers: {speed['mixed_images_per_second']:.0f} images/s, and in FP32 "
                            f"{speed['fp32_images_per_second']:.0f}.")
-        if speed["mixed_peak_bytes"]:
+        if speed["mixed_peak_bytes"] and speed["fp32_peak_bytes"]:
             comparison += f" Peak memory: {speed['mixed_peak_bytes'] / 1e9:.2f} and {speed['fp32_peak_bytes'] / 1e9:.2f} GB."
         lines.append(comparison)
     return lines
+
+
+def ablation_table(results: dict[str, Any]) -> list[str]:
+    """The ledger: what each technique changed in the first model, against the same training without it."""
+    row = "{:<26}{:>8}{:>8}  {:<22}{:>8}{:>9}  {}".format
+    flags = results["flags"]
+    lines = [f"{flags['ARCHITECTURES'][0]}, {flags['ABLATION_SEEDS']} seeds: with everything on, and without each technique. "
+             "Change: test accuracy in points, 95 % interval.",
+             row("technique", "with", "without", "change", "time", "memory", "verdict")]
+    for entry in results["ablation"]:
+        if entry["why"]:
+            lines.append(row(entry["technique"], "-", "-", "-", "-", "-", f"{entry['verdict']}: {entry['why']}"))
+            continue
+        ratios = ["-" if value is None else f"x{value:.2f}" for value in (entry["time_ratio"], entry["memory_ratio"])]
+        lines.append(row(entry["technique"], percent(entry["accuracy_on"]), percent(entry["accuracy_off"]),
+                         points(entry["change"], entry["interval"]), *ratios, entry["verdict"]))
+    return lines
+
+
+def diagnose_model(model: dict[str, Any], speed: dict[str, Any], flags: dict[str, Any]) -> list[str]:
+    """What stands out in the training of one model, each with the flag to try next."""
+    epochs, last, found = model["epochs"], model["epochs"][-1], []
+    waiting = sum(entry["waiting_seconds"] for entry in epochs) / sum(entry["seconds"] for entry in epochs)
+    if waiting > 0.1:
+        found.append(f"training waited for images for {percent(waiting)} of its time. Raise MEMORY_GB, so that they stay in "
+                     "memory, or lower IMAGE_SIZE.")
+    faster = (speed["double_batch_images_per_second"] or 0) / speed["images_per_second_all_layers"]
+    if faster > 1.25:
+        found.append(f"micro-batches of {flags['BATCH_SIZE']} images don't fill the device: twice as many train {faster:.1f} "
+                     f"times as many images/s. Try --batch-size {2 * flags['BATCH_SIZE']} --gradient-accumulation-steps "
+                     f"{max(1, flags['GRADIENT_ACCUMULATION_STEPS'] // 2)}.")
+    if speed["mixed_images_per_second"] and speed["mixed_images_per_second"] < 1.1 * (speed["fp32_images_per_second"] or 0):
+        found.append(f"mixed precision brings nothing here ({speed['mixed_images_per_second']:.0f} images/s, "
+                     f"{speed['fp32_images_per_second']:.0f} without): the products are too small to be what takes the time. "
+                     "Raise BATCH_SIZE or IMAGE_SIZE, or set USE_MIXED_PRECISION to false.")
+    elif flags["USE_MIXED_PRECISION"] and model["precision"] == "float32":
+        found.append(f"mixed precision brings nothing here. {model['precision_why']} USE_MIXED_PRECISION may as well be false.")
+    half = [entry["loss_scale"] for entry in epochs[len(epochs) // 2:]]
+    if half[-1] <= half[0] / 4:
+        found.append(f"the loss scale keeps falling, to {half[-1]:g}: gradients overflow FP16 again and again. Lower "
+                     "BASE_LEARNING_RATE, or set USE_MIXED_PRECISION to false.")
+    best = min(epochs, key=lambda entry: entry["validation_loss"])
+    gap = last["train_accuracy"] - last["validation_accuracy"]
+    if last["validation_loss"] > 1.1 * best["validation_loss"] and gap > 0.1:
+        found.append(f"it overfits: the validation loss was lowest after epoch {best['epoch']}, and training is {points(gap)} "
+                     "points more accurate than validation. Raise TRAIN_IMAGES or WEIGHT_DECAY, or lower NUM_EPOCHS.")
+    gained = last["validation_accuracy"] - epochs[-1 - len(epochs) // 4]["validation_accuracy"]
+    if gained > 0.02 and gap < 0.02:
+        found.append(f"it underfits: validation still gained {points(gained)} points in the last quarter. Raise NUM_EPOCHS.")
+    ends = {entry["stage"]: entry["validation_accuracy"] for entry in epochs}
+    idle = [stage for stage in ends if stage - 1 in ends and ends[stage] <= ends[stage - 1]]
+    if idle:
+        found.append(f"unfreezing stage {', '.join(map(str, idle))} brought no validation accuracy. Lower LAYER_RATE_DECAY, or "
+                     "lower NUM_EPOCHS to save the time.")
+    return found
+
+
+def diagnose(results: dict[str, Any]) -> list[str]:
+    """What stands out in the results, in plain words, each with the flag to try next; the same of several models once."""
+    tested = [model for model in results["models"] if model["test_accuracy"] is not None]
+    seen: dict[str, list[str]] = {}
+    for model in tested:
+        sentences = diagnose_model(model, results["speed"][model["name"]], results["flags"])
+        if model["tta_gain_interval"] and model["tta_gain_interval"][1] < 0:
+            sentences.append(f"TTA hurts by {points(model['tta_gain'])} points. Do left and right matter in these images? Set "
+                             "HORIZONTAL_FLIP to false, or USE_TTA.")
+        for sentence in sentences:
+            seen.setdefault(sentence, []).append(model["name"])
+    found = [f"{', '.join(names)}: {sentence}" for sentence, names in seen.items()]
+    ensemble, classes = results["ensemble"], results["classes"] or []
+    if ensemble["accuracy"] is not None and ensemble["gain_interval"][0] <= 0:
+        found.append(f"The ensemble does not clearly help: the models agree on {percent(ensemble['shared_errors'])} of their "
+                     "errors. Train more diverse ones, such as --architectures resnet18,convnext_atto,vit_tiny_patch16_224.")
+    errors, images = (sum(entry[kind] for entry in classes) for kind in ("errors", "images"))
+    worst = max(classes, key=lambda entry: entry["errors"], default=None)
+    if errors >= 10 and worst["errors"] > errors / 2 and worst["errors"] / errors > 2 * worst["images"] / images:
+        found.append(f"Class {worst['name']} carries {percent(worst['errors'] / errors)} of all errors, with "
+                     f"{percent(worst['images'] / images)} of the images: see confusion_matrix.png. Add images of it, or raise "
+                     "IMAGE_SIZE if it differs in detail.")
+    return found
 
 
 def write_report(results: dict[str, Any], notices: list[str], folder: Path) -> None:
@@ -1426,8 +1747,12 @@ def write_report(results: dict[str, Any], notices: list[str], folder: Path) -> N
              f"{data['validation_images']:,} validation and {data['test_images']:,} test images"]
     lines += [f"Weights    {model['name']}: {model['weights']}" for model in results["models"]]
     lines += textwrap.wrap("Flags      " + flags, 118, subsequent_indent=" " * 11)
-    for title, body in (("Notices", notices), ("Accuracy", accuracy_table(results)), ("Speed", speed_table(results))):
-        lines += ["", title, "-" * len(title), *body]
+    diagnosis = [line for text in results["diagnosis"] for line in textwrap.wrap(text, 118, subsequent_indent="  ")]
+    sections = dict(Notices=notices, Accuracy=accuracy_table(results), Speed=speed_table(results),
+                    Ablation=ablation_table(results) if results["ablation"] else [],
+                    Diagnosis=diagnosis or ["Nothing stands out."])
+    for title, body in sections.items():
+        lines += ["", title, "-" * len(title), *body] if body else []
     text = "\n".join(lines) + "\n"
     say(text)
     for name, content in (("report.txt", text), ("results.json", json.dumps(results, indent=1) + "\n")):
@@ -1459,7 +1784,9 @@ def mark_stages(axis: Any, stages: list[int], first: float) -> None:
 
 def plot_curves(results: dict[str, Any]) -> Figure:
     """Loss and accuracy over the epochs, training dashed, validation solid."""
-    figure, grid = axes(1, 2, 10, 4, "Training (dashed: augmented images, smoothed labels) and validation (solid)")
+    best = max(results["models"], key=lambda model: model["validation_accuracy"])
+    figure, grid = axes(1, 2, 10, 4, f"{shown_name(best)} ends highest, at {best['validation_accuracy']:.1%} on validation "
+                                     "images (solid; dashed: training, augmented)")
     for model, colour in zip(results["models"], COLOURS * 9, strict=False):
         for axis, kind, factor in zip(grid[0], ("loss", "accuracy"), (1, 100), strict=True):
             for role, style in (("train", "--"), ("validation", "-")):
@@ -1473,17 +1800,55 @@ def plot_curves(results: dict[str, Any]) -> Figure:
 
 
 def plot_rates(model: Model, updates_per_epoch: int, flags: SimpleNamespace) -> Figure:
-    """The rate of each layer group that ever learns, over the run; a frozen group has none."""
-    figure, grid = axes(1, 1, 8, 4, f"Learning rate of each layer group: {model.weights.architecture}")
-    shown = list(model.groups)[: groups_trained(flags.NUM_EPOCHS - 1, flags.NUM_EPOCHS, model)][:STAGES + 1]
+    """The rate of each layer group over the run, and below when it learns: a frozen group has no rate."""
+    most = groups_trained(flags.NUM_EPOCHS - 1, flags.NUM_EPOCHS, model)
+    shown = list(model.groups)[:most][:STAGES + 1]
+    figure, grid = axes(2, 1, 8, 5, f"{model.name}: in the end {most} of {len(model.groups)} layer groups learn")
     for group, label in enumerate(shown):
-        rates = [learning_rate(update, group, updates_per_epoch, model, flags)
-                 if group < groups_trained(update // updates_per_epoch, flags.NUM_EPOCHS, model) else math.nan
-                 for update in range(flags.NUM_EPOCHS * updates_per_epoch)]
+        learns = [group < groups_trained(epoch, flags.NUM_EPOCHS, model) for epoch in range(flags.NUM_EPOCHS)]
+        rates = [learning_rate(update, group, updates_per_epoch, model, flags) if learns[update // updates_per_epoch]
+                 else math.nan for update in range(flags.NUM_EPOCHS * updates_per_epoch)]
         grid[0, 0].plot(np.arange(len(rates)) / updates_per_epoch, rates, label=label, linewidth=1.5)
-    grid[0, 0].set(xlabel="epochs done", ylabel="learning rate", yscale="log", ylim=(flags.BASE_LEARNING_RATE * 1e-4, None))
-    mark_stages(grid[0, 0], [stage_of(epoch, flags.NUM_EPOCHS, model.gradual) + 1 for epoch in range(flags.NUM_EPOCHS)], 0)
-    grid[0, 0].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        grid[1, 0].broken_barh([(epoch, 1) for epoch, on in enumerate(learns) if on], (-group - 0.4, 0.8), color=COLOURS[group])
+    grid[0, 0].set(ylabel="learning rate", yscale="log", ylim=(flags.BASE_LEARNING_RATE * 1e-4, None))
+    grid[1, 0].set(xlabel="epochs done", ylabel="learning", xlim=grid[0, 0].get_xlim())
+    grid[1, 0].set_yticks([-group for group in range(len(shown))], shown)
+    for axis in grid[:, 0]:
+        mark_stages(axis, [stage_of(epoch, flags.NUM_EPOCHS, model.gradual) + 1 for epoch in range(flags.NUM_EPOCHS)], 0)
+    return figure
+
+
+def plot_classes(classes: list[dict[str, Any]]) -> Figure:
+    """The accuracy of each class with its 95 % interval, the hardest first; at most the 40 hardest."""
+    shares = [(1 - entry["errors"] / entry["images"], entry) for entry in classes if entry["images"]]
+    shares = sorted(shares, key=lambda pair: pair[0])[:40]
+    hardest = shares[0]
+    figure, grid = axes(1, 1, 8, 1.5 + 0.28 * len(shares), f"{hardest[1]['name']} is hardest: {hardest[0]:.0%} right")
+    for place, (share, entry) in enumerate(shares):
+        low, high = wilson_interval(share, entry["images"])
+        grid[0, 0].plot([100 * low, 100 * high], [-place, -place], color=COLOURS[4], linewidth=3, solid_capstyle="butt")
+        grid[0, 0].plot(100 * share, -place, "o", color=COLOURS[0])
+    grid[0, 0].set_yticks([-place for place in range(len(shares))], [entry["name"] for _, entry in shares])
+    grid[0, 0].set(xlabel="test accuracy (%), 95 % interval")
+    return figure
+
+
+def plot_ablation(rows: list[dict[str, Any]]) -> Figure:
+    """The ledger: a dot and its 95 % interval for each technique, right of zero where it helps."""
+    rows = [row for row in rows if not row["why"]]
+    clear = max((row for row in rows if row["verdict"] == "helps"), key=lambda row: row["change"], default=None)
+    title = (f"{clear['technique']} helps most: {points(clear['change'])} points".capitalize() if clear else
+             "No technique clearly raises the accuracy here")
+    figure, grid = axes(1, 1, 8, 1.5 + 0.4 * len(rows), title)
+    grid[0, 0].axvline(0, color="0.6", linewidth=1)
+    for place, row in enumerate(rows):
+        colour = {"helps": COLOURS[2], "hurts": COLOURS[5]}.get(row["verdict"], "0.5")
+        grid[0, 0].plot([100 * end for end in row["interval"]], [-place, -place], color=colour, linewidth=2)
+        grid[0, 0].plot(100 * row["change"], -place, "o", color=colour, markersize=8)
+        grid[0, 0].annotate(row["verdict"], (1.01, -place), xycoords=("axes fraction", "data"), va="center", fontsize=9,
+                            color=colour)
+    grid[0, 0].set_yticks([-place for place in range(len(rows))], [row["technique"] for row in rows])
+    grid[0, 0].set(xlabel="change in test accuracy (points) against the same training without it, 95 % interval")
     return figure
 
 
@@ -1495,7 +1860,8 @@ def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str], ac
     wrong = table.clone().fill_diagonal_(0)
     true, taken = divmod(int(wrong.argmax()), count)
     side = min(12.0, 3.5 + 0.45 * count)
-    figure, grid = axes(1, 1, side, side, f"{accuracy:.1%} right. Most often mistaken: {classes[true]} for {classes[taken]}")
+    mistake = f" Most often mistaken: {classes[true]} for {classes[taken]}" if wrong.any() else ""
+    figure, grid = axes(1, 1, side, side, f"{accuracy:.1%} right.{mistake}")
     grid[0, 0].imshow(table, cmap="Blues", vmin=0, vmax=100)
     grid[0, 0].set(xlabel="predicted", ylabel="true")
     if count <= 25:
@@ -1508,19 +1874,23 @@ def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str], ac
 
 
 def plot_time(results: dict[str, Any]) -> Figure:
-    """Test accuracy against training time, a point a model; the ensemble costs the sum of their times."""
-    points = [(shown_name(model), model["seconds"], model["tta_accuracy"] or model["test_accuracy"])
-              for model in results["models"] if model["test_accuracy"] is not None]
-    ensemble = results["ensemble"]
+    """Test accuracy with its 95 % interval against training time and parameters; the ensemble costs the sum of them."""
+    tta, ensemble = "tta_" if results["flags"]["USE_TTA"] else "test_", results["ensemble"]
+    dots = [(shown_name(model), model["seconds"], model["parameters"] / 1e6, model[tta + "accuracy"], model[tta + "interval"])
+            for model in results["models"] if model["test_accuracy"] is not None]
     if ensemble["accuracy"] is not None:
-        points.append(("ensemble", sum(point[1] for point in points), ensemble["tta_accuracy"] or ensemble["accuracy"]))
-    best = max(points, key=lambda point: point[2])
-    figure, grid = axes(1, 1, 7, 4, f"{best[0]} is the most accurate: {best[2]:.1%} after {best[1]:.0f} s of training")
-    for (name, seconds, accuracy), colour in zip(points, COLOURS * 9, strict=False):
-        grid[0, 0].scatter(seconds, 100 * accuracy, color=colour, s=50, zorder=3, label=name)
-    grid[0, 0].set(xlabel="training time (s)", ylabel="test accuracy (%)", xlim=(0, 1.1 * max(point[1] for point in points)))
-    grid[0, 0].margins(y=0.3)
-    grid[0, 0].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        tta = tta.replace("test_", "")
+        dots.append(("ensemble", sum(dot[1] for dot in dots), sum(dot[2] for dot in dots), ensemble[tta + "accuracy"],
+                     ensemble[tta + "interval"]))
+    best = max(dots, key=lambda dot: dot[3])
+    figure, grid = axes(1, 2, 10, 4, f"{best[0]} is the most accurate: {best[3]:.1%}, after {best[1]:.0f} s of training")
+    for column, label in ((1, "training time (s)"), (2, "parameters (million)")):
+        axis = grid[0, column - 1]
+        for dot, colour in zip(dots, COLOURS * 9, strict=False):
+            axis.plot([dot[column]] * 2, [100 * end for end in dot[4]], color=colour, linewidth=1.5)
+            axis.plot(dot[column], 100 * dot[3], "o", color=colour, markersize=8, label=dot[0])
+        axis.set(xlabel=label, ylabel="test accuracy (%)", xlim=(0, 1.1 * max(dot[column] for dot in dots)))
+    grid[0, 1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -1531,7 +1901,8 @@ def plot_predictions(probabilities: Tensor, data: Data) -> Figure:
     right = torch.nonzero(predicted == labels)[:, 0]
     wrong = torch.nonzero(predicted != labels)[:, 0]
     wrong = wrong[confidence[wrong].argsort(descending=True)]
-    figure, grid = axes(4, 4, 8, 8.6, "Right (upper half) and most confidently wrong (lower half)")
+    sure = f"; the worst mistake is {confidence[wrong[0]]:.0%} sure" if len(wrong) else ""
+    figure, grid = axes(4, 4, 8, 8.6, f"Above: right. Below: wrong, the most confident first{sure}")
     for axis, index in zip(grid.flat, [*right[:8], *[None] * (8 - len(right[:8])), *wrong[:8]], strict=False):
         if index is not None:
             axis.imshow(data.images[data.split["test"][index]].permute(1, 2, 0).cpu())
@@ -1543,7 +1914,10 @@ def plot_predictions(probabilities: Tensor, data: Data) -> Figure:
     return figure
 
 
-# ==== 9. The run ====================================================================================================
+# ==== 10. The run ===================================================================================================
+
+
+TESTED = [prefix + figure for prefix in ("test_", "tta_") for figure in ("accuracy", "interval", "loss", "calibration_error")]
 
 
 def trained_entry(model: Model, data: Data) -> dict[str, Any]:
@@ -1553,86 +1927,90 @@ def trained_entry(model: Model, data: Data) -> dict[str, Any]:
                 stands_in_for=model.weights.stands_in_for,
                 parameters=sum(parameter.numel() for parameter in model.network.parameters()), seconds=spent,
                 images_per_second=len(data.split["train"]) * len(model.epochs) / spent,
-                train_accuracy=last["train_accuracy"], validation_accuracy=last["validation_accuracy"],
-                test_accuracy=None, test_loss=None, tta_accuracy=None, epochs=model.epochs)
+                train_accuracy=last["train_accuracy"], validation_accuracy=last["validation_accuracy"], epochs=model.epochs,
+                **dict.fromkeys([*TESTED, "tta_gain", "tta_gain_interval", "tta_gain_chance"]))
 
 
-def checkpoint_file(name: str, flags: SimpleNamespace) -> Path:
-    """Where a model is kept, during its training and after it."""
-    return Path(flags.OUTPUT_DIR, "checkpoints", f"{name}.pt")
-
-
-def run_model(model: Model, data: Data, flags: SimpleNamespace) -> dict[str, Any]:
-    """Train, test and time one model, or take it from its checkpoint.
+def run_model(model: Model, data: Data, flags: SimpleNamespace, keep: bool = True) -> dict[str, Any]:
+    """Train and test one model, or take it from its checkpoint; time it and keep its weights if it is to be used again.
 
     Returns entry (for results.json), speed, and the test images' probabilities, plain and averaged over TTA's views.
     """
-    mixed, why = choose_precision(model.network, model.mean.device, flags)
+    device = model.mean.device
+    mixed, why = choose_precision(model.network, device, flags)
     say(f"\n{model.name}: {model.weights.origin}. {why}")
-    file = checkpoint_file(model.name, flags)
+    file = Path(flags.OUTPUT_DIR, "checkpoints", f"{model.name}.pt")
     saved = from_first_process(lambda: read_checkpoint(file, model, data, flags)) if flags.RESUME else None
     if saved:
         held = "the finished model" if "finished" in saved else f"{len(saved['epochs'])} of {flags.NUM_EPOCHS} epochs"
         say(f"  RESUME: {file} holds {held}.")
         if "finished" in saved:
             return saved["finished"]
-    epochs = train_model(model, data, mixed, flags, file, saved)
+    reset_peak_memory(device)
+    train_model(model, data, mixed, flags, file, saved)
+    entry = trained_entry(model, data) | dict(peak_memory_bytes=peak_memory(device), precision_why=why,
+                                              precision=str(mixed or torch.float32).removeprefix("torch."))
     started = time.perf_counter()
     views = predict(model, data, "test", tta_views(flags), mixed, flags)
     spent = time.perf_counter() - started
     plain, averaged = views[0], soft_vote(views)
-    loss, accuracy = score(plain, data, "test")
-    entry = trained_entry(model, data) | dict(test_accuracy=accuracy, test_loss=loss,
-                                              tta_accuracy=score(averaged, data, "test")[1] if flags.USE_TTA else None)
-    kept = checkpoint(model, data, flags)
-    kept["state_dict"] = {name: tensor.clone() for name, tensor in kept["state_dict"].items()}  # timing spends the model
-    times = dict(plain=spent / len(views), tta=spent if flags.USE_TTA else None)
-    finished = dict(entry=entry, plain=plain, averaged=averaged,
-                    speed=measure_speed(model, data, epochs, times, mixed, why, flags))
+    entry |= judge(plain, data, "test_") | dict(plain_seconds=spent / len(views), tta_seconds=spent)
+    if flags.USE_TTA:
+        entry |= judge(averaged, data, "tta_") | paired_gain(averaged, plain, data, "tta_")
+    finished = dict(entry=entry, plain=plain, averaged=averaged)
+    kept = copy.deepcopy(checkpoint(model, data, flags)) if keep else dict(run=run_signature(model, data, flags))
+    if keep:
+        finished["speed"] = measure_speed(model, data, mixed, flags)  # spends the model, of which a copy is kept
     write_whole(file, functools.partial(torch.save, kept | dict(finished=finished)))
     return finished
 
 
-def stored_models(flags: SimpleNamespace) -> tuple[SimpleNamespace, list[dict[str, Any]]]:
-    """The flags of the run whose results lie in OUTPUT_DIR, and the checkpoints that answer for it: all, or the best."""
-    file = Path(flags.OUTPUT_DIR, "results.json")
+def stored_models(flags: SimpleNamespace, device: torch.device) -> tuple[SimpleNamespace, int, list[Model], list[str]]:
+    """What the run in OUTPUT_DIR left: its flags, the size of its decoded images, the models that answer, its classes."""
+    file, models = Path(flags.OUTPUT_DIR, "results.json"), []
     try:
         results = json.loads(file.read_text("utf-8"))
-        names = [model["name"] for model in results["models"] if model["test_accuracy"] is not None]
-        if not results["flags"]["USE_ENSEMBLE"]:
-            names = [max(results["models"], key=lambda model: model["validation_accuracy"])["name"]]
-        loaded = [torch.load(checkpoint_file(name, flags), map_location="cpu", weights_only=True) for name in names]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        missing = not isinstance(error, ValueError | KeyError | RuntimeError)
-        stop(f"PREDICT: {f'{error.filename} is not there' if missing else f'{flags.OUTPUT_DIR}/ holds damaged results'}. "
-             "Train first, such as with python advanced_techniques.py --dataset path/to/folder, or name the folder of a "
-             "finished run with --output-dir.")
-    if not loaded:
+        finished = [entry for entry in results["models"] if entry["test_accuracy"] is not None]
+        if finished and not results["flags"]["USE_ENSEMBLE"]:
+            finished = [max(finished, key=lambda entry: entry["validation_accuracy"])]
+        here = {name: getattr(flags, name) for name in ("DATA_DIR", "OUTPUT_DIR", "MEMORY_GB")}
+        used = SimpleNamespace(**FLAGS | results["flags"] | here)
+        classes = results["dataset"]["classes"] if finished else []
+        for entry in finished:
+            file = Path(flags.OUTPUT_DIR, "checkpoints", f"{entry['name']}.pt")
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            if saved["finished"]["entry"]["epochs"] != entry["epochs"] or saved["classes"] != classes:
+                raise ValueError("it comes from another run than results.json")
+            model = build_model(entry["name"], Weights(saved["architecture"], "", None), len(classes), 0, used, device)
+            model.network.load_state_dict(saved["state_dict"])
+            models.append(model)
+            size = saved["stored_size"]
+    except FileNotFoundError:
+        stop(f"PREDICT: {file} is not there. Train first, such as with python advanced_techniques.py --dataset path/to/folder, "
+             "or name the folder of a finished run with --output-dir.")
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        stop(f"PREDICT: {file} can't be used ({reason(error)[:200]}). Train again, or name the folder of a finished run with "
+             "--output-dir.")
+    if not models:
         stop(f"PREDICT: the run in {flags.OUTPUT_DIR}/ was interrupted before a model was finished. Go on with --resume true.")
-    return SimpleNamespace(**FLAGS | results["flags"] | dict(DATA_DIR=flags.DATA_DIR, OUTPUT_DIR=flags.OUTPUT_DIR)), loaded
+    return used, size, models, classes
 
 
 def predict_files(flags: SimpleNamespace, device: torch.device) -> None:
     """Classify an image, or all images below a folder, by the soft vote of the trained models (the flag PREDICT)."""
     target = Path(flags.PREDICT)
     paths = files_below(target) if target.is_dir() else [target]
-    flags, stored = stored_models(flags)
-    images, unreadable = decode_all(paths, stored[0]["stored_size"], flags)
+    flags, size, models, classes = stored_models(flags, device)
+    images, unreadable = decode_all(paths, size, flags)
     for message in unreadable.values():
         print(f"Left out, for it can't be read as an image: {message}", file=sys.stderr)
     readable = [index for index in range(len(paths)) if index not in unreadable]
     if not readable:
         stop(f"PREDICT = {target}: no image there can be read.")
-    classes = stored[0]["classes"]
     data = Data("", classes, images, torch.zeros(len(paths), dtype=torch.long), {"test": torch.tensor(readable)})
-    voters = []
-    for index, saved in enumerate(stored):
-        model = build_model(str(index), Weights(saved["architecture"], "", None), len(classes), 0, flags, device)
-        model.network.load_state_dict(saved["state_dict"])
-        mixed, _ = choose_precision(model.network, device, flags)
-        voters.append(soft_vote(predict(model, data, "test", tta_views(flags), mixed, flags)))
-    best = soft_vote(voters).topk(min(3, len(classes)))
-    rows = [[str(paths[index]), *(text for share, label in zip(shares, labels, strict=True)
+    best = soft_vote(soft_vote(predict(model, data, "test", tta_views(flags), choose_precision(model.network, device, flags)[0],
+                                       flags)) for model in models).topk(min(3, len(classes)))
+    rows = [[printable(paths[index]), *(text for share, label in zip(shares, labels, strict=True)
                                   for text in (classes[label], f"{share:.4f}"))]
             for index, shares, labels in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True)]
     for path, *answer in rows[:20]:
@@ -1646,83 +2024,94 @@ def predict_files(flags: SimpleNamespace, device: torch.device) -> None:
         print(f"{len(rows):,} images classified, {len(unreadable)} left out; all answers are in {file}.")
 
 
-def describe(device: torch.device) -> dict[str, str]:
-    """The entry "environment" of results.json."""
-    backend = getattr(torch, device.type)  # torch.cuda, torch.xpu, torch.cpu, ...
-    name = (backend.get_device_name(device) if hasattr(backend, "get_device_name") else
-            f"{platform.machine()}, {os.cpu_count()} cores")
-    return dict(device=device.type, device_name=name, python=platform.python_version(), torch=torch.__version__,
-                torchvision=torchvision.__version__, timm=timm.__version__)
-
-
 def run_all(data: Data, weights: list[Weights], flags: SimpleNamespace, device: torch.device,
             runs: list[dict[str, Any]]) -> None:
     """Train and test each architecture in turn, appending to runs; after Ctrl-C, with what there is of the last one."""
+    updates = len(epoch_plan(data, 0, 0, flags)[0])
     for index, (name, source) in enumerate(zip(flags.ARCHITECTURES, weights, strict=True)):
         title = f"{name}_{index + 1}" if flags.ARCHITECTURES.count(name) > 1 else name
         model = build_model(title, source, len(data.classes), flags.SEED + index, flags, device)
         try:
-            runs.append(run_model(model, data, flags) | dict(model=model))
+            runs.append(run_model(model, data, flags) | dict(rates=plot_rates(model, updates, flags)))
         except KeyboardInterrupt:
             if model.epochs:
                 runs.append(dict(entry=trained_entry(model, data)))
             raise
 
 
-def report(runs: list[dict[str, Any]], data: Data, notices: list[str], flags: SimpleNamespace, device: torch.device) -> None:
+def report(runs: list[dict[str, Any]], ledger: list[dict[str, Any]] | None, data: Data, notices: list[str],
+           flags: SimpleNamespace, device: torch.device) -> None:
     """Write report.txt, results.json and, once a model is finished, the plots."""
     finished = [run for run in runs if "plain" in run]
     plain, averaged = ([run[kind] for run in finished] for kind in ("plain", "averaged"))
     off = dict.fromkeys(("accuracy", "tta_accuracy", "gain_over_best", "gain_interval", "disagreement"))
-    best = max((run["entry"]["test_accuracy"] for run in finished), default=None)
-    ensemble = evaluate_ensemble(plain, averaged, best, data) if flags.USE_ENSEMBLE and len(finished) > 1 else off
+    ensemble = evaluate_ensemble(plain, averaged, data) if flags.USE_ENSEMBLE and len(finished) > 1 else off
+    final = None
+    if finished:
+        chosen = max(range(len(finished)), key=lambda index: finished[index]["entry"]["validation_accuracy"])  # never by test
+        final = soft_vote(averaged) if ensemble["accuracy"] is not None else averaged[chosen]
     counts = {f"{role}_images": len(data.split[role]) for role in ("train", "validation", "test")}
-    results = dict(flags=vars(flags), environment=describe(device), dataset=dict(name=data.name, classes=data.classes) | counts,
+    backend = getattr(torch, device.type)  # torch.cuda, torch.xpu, torch.cpu, ...
+    device_name = (backend.get_device_name(device) if hasattr(backend, "get_device_name") else
+                   f"{platform.machine()}, {os.cpu_count()} cores")
+    environment = dict(device=device.type, device_name=device_name, python=platform.python_version(), torch=torch.__version__,
+                       torchvision=torchvision.__version__, timm=timm.__version__)
+    results = dict(flags=vars(flags), environment=environment, dataset=dict(name=data.name, classes=data.classes) | counts,
                    models=[run["entry"] for run in runs], ensemble=ensemble,
-                   speed={run["entry"]["name"]: run["speed"] for run in finished})
+                   classes=by_class(final, data) if finished else None,
+                   speed={run["entry"]["name"]: run["speed"] for run in finished}, ablation=ledger)
+    results["diagnosis"] = diagnose(results)
     folder = Path(flags.OUTPUT_DIR)
     write_report(results, notices, folder)
     if not finished:
         return
-    chosen = max(range(len(finished)), key=lambda index: finished[index]["entry"]["validation_accuracy"])  # never by test
-    final = soft_vote(averaged) if ensemble["accuracy"] is not None else averaged[chosen]
     labels = data.labels[data.split["test"]].cpu()
-    for name, figure in dict(training_curves=plot_curves(results), accuracy_against_time=plot_time(results),
-                             learning_rates=plot_rates(finished[0]["model"], len(epoch_plan(data, 0, 0, flags)[0]), flags),
-                             confusion_matrix=plot_confusion(final, labels, data.classes, score(final, data, "test")[1]),
-                             predictions=plot_predictions(final, data)).items():
+    figures = dict(training_curves=plot_curves(results), accuracy_against_cost=plot_time(results),
+                   learning_rates=finished[0]["rates"],
+                   confusion_matrix=plot_confusion(final, labels, data.classes, score(final, data, "test")[1]),
+                   class_accuracy=plot_classes(results["classes"]), predictions=plot_predictions(final, data))
+    if ledger:
+        figures["ablation"] = plot_ablation(ledger)
+    for name, figure in figures.items():
         write_whole(folder / f"{name}.png", functools.partial(figure.savefig, format="png"))
-    say(f"Written to {folder}/: report.txt, results.json, five plots, and the models in checkpoints/.")
+    say(f"Written to {folder}/: report.txt, results.json, {len(figures)} plots, and the models in checkpoints/.")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The whole lesson: data, backbones, techniques, ensemble, report."""
     flags = read_flags(arguments)
-    check_output(flags)
     device = choose_device()
-    if flags.PREDICT:
-        predict_files(flags, device)
-        return
-    flags = small_profile(flags, device)
-    check_image_size(flags)
-    runs, notices, data = [], [], None
+    runs, ledger, notices, data = [], None, [], None
     try:
-        join_processes(device)
-        data, notices = load_data(flags, device)
+        if flags.PREDICT:
+            predict_files(flags, device)
+            return
+        check_output(flags)
+        flags = small_profile(flags, device)
+        check_image_size(flags)
+        check_update(flags, flags.TRAIN_IMAGES or 10**9)
+        if PROCESSES > 1:  # meet the others that torchrun started, on this machine and elsewhere
+            distributed.init_process_group(distributed.get_default_backend_for_device(device),
+                                           timeout=timedelta(days=1))  # to decode a large folder takes a while
         weights = [find_weights(name, flags.PRETRAINED) for name in flags.ARCHITECTURES]
+        data, notices = load_data(flags, device)
         notices += weight_notices(weights)
         say(*notices)
         run_all(data, weights, flags, device, runs)
+        if flags.ABLATION:
+            ledger = ablate(weights[0], data, runs[0], flags, device)
     except KeyboardInterrupt:
         say("", "Interrupted. The same command with --resume true goes on from the last finished epoch.")
         if runs:
-            report(runs, data, [*notices, f"PARTIAL REPORT: interrupted with {len(runs[-1]['entry']['epochs'])} of "
-                                f"{flags.NUM_EPOCHS} epochs of {runs[-1]['entry']['name']} done."], flags, device)
+            last = runs[-1]["entry"]
+            report(runs, None, data, [*notices, f"PARTIAL REPORT: interrupted after {last['name']} had finished "
+                                      f"{len(last['epochs'])} of {flags.NUM_EPOCHS} epochs."], flags, device)
         raise SystemExit(130) from None
-    report(runs, data, notices, flags, device)
+    report(runs, ledger, data, notices, flags, device)
     if PROCESSES > 1:
         distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a class's name
     main()

@@ -184,7 +184,7 @@ def compare(architecture: str, seeds: int, changes: dict[str, Any]) -> None:
         book, ours = (run(kind, architecture, seed, changes) for kind in ("textbook", "trainer"))
         target = book["accuracies"][-1]
         reached = [next((spent for spent, accuracy in zip(one["times"], one["accuracies"], strict=True)
-                         if accuracy >= target), float("nan")) for one in (book, ours)]
+                         if accuracy >= target), float("inf")) for one in (book, ours)]
         for name, values in {
                 "whole schedule (s)": (book["times"][-1], ours["times"][-1]),
                 "until the textbook's final validation accuracy (s)": (book["times"][-1], reached[1]),

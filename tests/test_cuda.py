@@ -41,10 +41,10 @@ def test_an_update_does_not_wait_for_the_gpu(mixed):
 def test_fp16_trains_and_the_speed_section_compares_it_with_fp32():
     model, _ = on_gpu()
     data, flags = random_data(device="cuda"), quick_flags(NUM_EPOCHS=4)
-    mixed, why = at.choose_precision(model.network, model.mean.device, flags)
-    epochs = at.train_model(model, data, mixed, flags)
-    speed = at.measure_speed(model, data, epochs, dict(plain=1.0, tta=1.0), mixed, why, flags)
-    assert speed["mixed_images_per_second"] > 0 and speed["fp32_peak_bytes"] > 0 and speed["precision"] == "float16"
+    mixed, _ = at.choose_precision(model.network, model.mean.device, flags)
+    at.train_model(model, data, mixed, flags)
+    speed = at.measure_speed(model, data, mixed, flags)
+    assert speed["mixed_images_per_second"] > 0 and speed["fp32_peak_bytes"] > 0 and mixed == torch.float16
 
 
 def test_augmentation_is_the_same_as_on_the_cpu():
@@ -53,3 +53,17 @@ def test_augmentation_is_the_same_as_on_the_cpu():
     there = at.augment(images.to(device), random.to(device), 32, model, True).cpu()
     model.mean, model.std = model.mean.cpu(), model.std.cpu()
     torch.testing.assert_close(there, at.augment(images, random, 32, model, True), rtol=0, atol=1e-2)
+
+
+def test_a_real_lack_of_gpu_memory_halves_the_micro_batch_and_training_goes_on():
+    model, device = on_gpu()
+    data, flags = random_data(count=512, side=256, device="cuda"), quick_flags(NUM_EPOCHS=1, IMAGE_SIZE=224, BATCH_SIZE=256,
+                                                                               GRADIENT_ACCUMULATION_STEPS=1)
+    model.gradual = False  # all layers learn: 256 images take several gigabytes
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.5e9 / torch.cuda.get_device_properties(device).total_memory)
+    try:
+        entry = at.train_epoch(model, data, 0, at.make_optimizer(model, flags), at.make_scaler(device, None), None, flags)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert model.micro_batch < 256 and entry["train_loss"] > 0 and entry["skipped_updates"] == 0

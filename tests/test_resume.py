@@ -21,6 +21,7 @@ SERVER = """
 import json, os, signal, sys, traceback
 sys.path.insert(0, sys.argv[1])
 import advanced_techniques as at
+at.matrix_product_peak = lambda device, mixed: 1e12  # a second of every run, and nothing that resuming is about
 
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -151,12 +152,13 @@ def test_a_run_killed_again_and_again_at_random_ends_in_the_same_numbers(start, 
     moments, kills, folder = random.Random(seed), 0, tmp_path / "killed"
     while True:
         run = start(folder, resume=True)
-        time.sleep(moments.uniform(0.05, 0.4) * whole[1] if kills < 8 else 5 * whole[1])
-        os.kill(run.child, signal.SIGKILL)  # not yet waited for, so the number is still this child's
+        if kills < 8:
+            time.sleep(moments.uniform(0.05, 0.4) * whole[1])
+            os.kill(run.child, signal.SIGKILL)  # not yet waited for, so the number is still this child's
         if run.wait() == 0:
             break
         kills += 1
-        assert kills < 20, run.output()
+        assert kills <= 8, run.output()
     assert kills >= 3
     assert_same(whole[0], folder)
 
@@ -276,3 +278,41 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, capsys, monkeypa
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and "No space left" in message and "--output-dir" in message
     assert file.read_bytes() == content and [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("mixed", [torch.float16, torch.bfloat16, None])
+def test_dropout_and_the_loss_scale_go_on_where_they_were(tmp_path, monkeypatch, mixed):
+    data, flags = random_data(), quick_flags(NUM_EPOCHS=4, OUTPUT_DIR=str(tmp_path), RESUME=True)
+    file, train_epoch = tmp_path / "model.pt", at.train_epoch
+
+    def fresh():
+        model = model_of("test_resnet", NUM_EPOCHS=4)
+        model.gradual, model.network.drop_rate = False, 0.5
+        return model
+
+    whole = fresh()
+    at.train_model(whole, data, mixed, flags)
+
+    def interrupt(model, data, epoch, *arguments):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return train_epoch(model, data, epoch, *arguments)
+
+    monkeypatch.setattr(at, "train_epoch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        at.train_model(fresh(), data, mixed, flags, file)
+    monkeypatch.setattr(at, "train_epoch", train_epoch)
+    torch.rand(7)  # whatever else drew random numbers since
+    resumed = fresh()
+    at.train_model(resumed, data, mixed, flags, file, at.read_checkpoint(file, resumed, data, flags))
+    assert [entry["loss_scale"] for entry in resumed.epochs] == [entry["loss_scale"] for entry in whole.epochs]
+    left, right = whole.network.state_dict(), resumed.network.state_dict()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_weights_that_the_hub_has_meanwhile_cached_are_the_same_weights():
+    model, data, flags = model_of("test_resnet"), random_data(), quick_flags()
+    model.weights.origin = "ImageNet weights timm/resnet18.a1_in1k"
+    first = at.run_signature(model, data, flags)
+    model.weights.origin += " (cached)"
+    assert at.run_signature(model, data, flags) == first

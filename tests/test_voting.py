@@ -1,5 +1,6 @@
 """Test-time augmentation and soft voting are plain means of separately computed probabilities."""
 
+import pytest
 import torch
 from conftest import model_of, quick_flags, random_data
 
@@ -47,6 +48,18 @@ def test_the_ensemble_can_be_right_where_most_models_are_unsure():
     right = torch.nn.functional.one_hot(labels, 4).float()
     wrong = torch.nn.functional.one_hot((labels + 1) % 4, 4).float()
     sure, unsure = right, 0.45 * right + 0.55 * wrong
-    result = at.evaluate_ensemble([sure, unsure, unsure], [unsure, unsure, unsure], 0.25, data)
+    result = at.evaluate_ensemble([sure, unsure, unsure], [unsure, unsure, unsure], data)
     assert result["accuracy"] == 1.0 and result["tta_accuracy"] == 0.0
-    assert result["gain_over_best"] == 0.75 and result["disagreement"] == 1.0
+    assert result["gain_over_best"] == 0 and result["disagreement"] == 1.0 and result["shared_errors"] == 0
+
+
+def test_an_ensemble_gains_where_each_model_errs_elsewhere():
+    data = random_data(count=120)  # 30 to test on
+    labels = data.labels[data.split["test"]]
+    right = torch.nn.functional.one_hot(labels, 4).float()
+    wrong = torch.nn.functional.one_hot((labels + 1) % 4, 4).float()
+    third = torch.arange(30) % 3
+    voters = [torch.where((third == index)[:, None], 0.6 * wrong + 0.4 * right, right) for index in range(3)]
+    result = at.evaluate_ensemble(voters, voters, data)
+    assert result["accuracy"] == 1.0 and result["gain_over_best"] == pytest.approx(1 / 3)
+    assert 0.1 < result["gain_interval"][0] < 1 / 3 < result["gain_interval"][1] and result["shared_errors"] == 0
