@@ -682,7 +682,9 @@ def load_data(flags: SimpleNamespace, device: torch.device) -> tuple[Data, list[
                 {role: torch.from_numpy(part).to(images.device) for role, part in parts.items()}, fingerprint), notices
 
 
-RANDOM_NUMBERS = 14  # uniform numbers that decide one image's augmentation
+RANDOM_NUMBERS = 14  # uniform numbers that decide how one image is shown
+VIEW_NUMBERS = (6, 9, 1, 2, 2)  # what they decide: window, colour matrix, share of grey, centre and half of what is erased
+LUMA = (0.299, 0.587, 0.114)  # what red, green and blue add to grey (ITU-R BT.601)
 
 
 @functools.cache
@@ -691,60 +693,60 @@ def constant(values: tuple, device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
 
 
-def colour_matrix(images: Tensor, model: Model, random: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Colour jitter and normalisation as one matrix [n, 3, 3] and offset [n, 3, 1] for pixels 0 to 255.
+def choose_views(random: Tensor, flip: bool) -> Tensor:
+    """How augment() is to show each image: uniform numbers [n, RANDOM_NUMBERS] -> [n, sum(VIEW_NUMBERS)].
 
-    Brightness and contrast vary by 30 %, saturation by 50 %. All three are linear in the pixel, so a single
-    matrix product does them. Without random numbers it only normalises.
+    Random resized crop (Szegedy et al., 2015), flip, rotation by up to 10 degrees, brightness and contrast varied by
+    30 % and saturation by 50 %, random erasing (Zhong et al., 2017) in a quarter of the images. Every random choice is
+    in `random`: an image's view doesn't depend on the batch it is in, and no generator has to be saved to repeat it.
+    So many small operations pay for a whole epoch at once; batch by batch they would be a fifth of the augmentation.
     """
-    matrix, offset = torch.eye(3, device=images.device).expand(len(images), 3, 3), 0.0
-    if random is not None:
-        grey = constant((0.299, 0.587, 0.114), images.device)  # ITU-R BT.601 luma
-        jitter = 1 + (random[:, 6:9] * 2 - 1) * constant((0.3, 0.3, 0.5), images.device)
-        brightness, contrast, saturation = jitter[:, :, None, None].unbind(1)
-        matrix = matrix.lerp(grey.expand(3, 3), 1 - saturation) * (brightness * contrast)
-        offset = brightness * (1 - contrast) * (images.mean((2, 3)) @ grey)[:, None, None] / 255
-    return matrix / (255 * model.std[:, None]), ((offset - model.mean[:, None]) / model.std[:, None]).expand(len(images), 3, 1)
-
-
-def sample(images: Tensor, window: Tensor, size: int, matrix: Tensor, offset: Tensor) -> Tensor:
-    """Recolour, then cut the window [n, 2, 3] out of each image: float [n, 3, size, size]."""
-    images = torch.baddbmm(offset, matrix, images.flatten(2)).view(images.shape)
-    line = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1
-    down = window[:, :, 1, None] * line + window[:, :, 2, None]  # a sum of a row and a column: F.affine_grid's
-    grid = window[:, :, 0, None, None] * line + down[..., None]  # matrix product costs more than the sampling
-    return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
-
-
-def augment(images: Tensor, random: Tensor, size: int, model: Model, flip: bool) -> Tensor:
-    """Training views of a batch: uint8 [n, 3, H, W], uniform numbers [n, RANDOM_NUMBERS] -> [n, 3, size, size].
-
-    Random resized crop (Szegedy et al., 2015), flip, rotation by up to 10 degrees, colour jitter and random
-    erasing (Zhong et al., 2017). Every random choice is in `random`: an image's view doesn't depend on the
-    batch it is in, and no generator has to be saved to repeat it.
-    """
-    images, signed = images.float(), random * 2 - 1
-    aspect = (signed[:, 1:2] * constant((1.0, -1.0), images.device) * math.log(4 / 3)).exp()
+    signed = random * 2 - 1
+    aspect = (signed[:, 1:2] * torch.tensor((1.0, -1.0)) * math.log(4 / 3)).exp()
     extent = ((0.4 + 0.6 * random[:, :1]) * aspect).sqrt().clamp(max=1)[:, :, None]  # width and height of the crop
     turn = signed[:, 5] * math.radians(10)
     rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], dim=1).view(-1, 2, 2)
     window = torch.cat([extent * rotation, signed[:, 2:4, None] * (1 - extent)], dim=2)
     if flip:
         window[:, :, 0] *= torch.where(random[:, 4:5] < 0.5, -1.0, 1.0)
-    images = sample(images, window, size, *colour_matrix(images, model, random))
-    half = torch.where(random[:, 9:10] < 0.25, 0.05 + 0.15 * random[:, 10:12], -1.0)  # erase in a quarter of them
+    brightness, contrast, saturation = (1 + signed[:, 6:9] * torch.tensor((0.3, 0.3, 0.5)))[:, :, None].unbind(1)
+    grey = torch.tensor(LUMA).expand(3, 3)  # all three are linear in the pixel, so one matrix does them
+    colour = torch.eye(3).lerp(grey, 1 - saturation[:, :, None]) * (brightness * contrast)[:, :, None]
+    half = torch.where(random[:, 9:10] < 0.25, 0.05 + 0.15 * random[:, 10:12], -1.0)
+    return torch.cat([window.flatten(1), colour.flatten(1), brightness * (1 - contrast), random[:, 12:14], half], dim=1)
+
+
+def sample(images: Tensor, window: Tensor, size: int, model: Model, colour: Tensor, offset: Tensor) -> Tensor:
+    """Recolour, normalise, then cut the window out of each image: pixels 0 to 255 -> float [n, 3, size, size].
+
+    Takes images [n, 3, H, W], window [n, 2, 3], colour [n, 3, 3] and an offset [n, 3, 1] of the pixels.
+    """
+    std = model.std[:, None]
+    images = torch.baddbmm((offset / 255 - model.mean[:, None]) / std, colour / (255 * std), images.flatten(2)).view_as(images)
+    line = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1
+    down = window[:, :, 1, None] * line + window[:, :, 2, None]  # a sum of a row and a column: F.affine_grid's
+    grid = window[:, :, 0, None, None] * line + down[..., None]  # matrix product costs more than the sampling
+    return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+
+
+def augment(images: Tensor, views: Tensor, size: int, model: Model) -> Tensor:
+    """A batch as choose_views() has it: uint8 [n, 3, H, W], views [n, sum(VIEW_NUMBERS)] -> float [n, 3, size, size]."""
+    window, colour, grey_share, centre, half = views.split(VIEW_NUMBERS, dim=1)
+    images = images.float()
+    grey = grey_share * (images.mean((2, 3)) @ constant(LUMA, images.device))[:, None]  # contrast is to the mean grey
+    images = sample(images, window.unflatten(1, (2, 3)), size, model, colour.unflatten(1, (3, 3)), grey[:, :, None])
     line = torch.linspace(0, 1, size, device=images.device)
-    across, down = ((line - random[:, 12:14, None]).abs() < half[:, :, None]).float().unbind(1)
+    across, down = ((line - centre[:, :, None]).abs() < half[:, :, None]).float().unbind(1)
     kept = 1 - across[:, None, None, :] * down[:, None, :, None]
     return images.mul_(kept).contiguous(memory_format=torch.channels_last)
 
 
 def view(images: Tensor, size: int, model: Model, zoom: float = 1.0, mirror: bool = False) -> Tensor:
     """One deterministic view: the middle at the stored scale, optionally zoomed or mirrored, normalised."""
-    images = images.float()
-    share = min(1.0, size / images.shape[-1]) / zoom
+    images, share = images.float(), min(1.0, size / images.shape[-1]) / zoom
     window = constant(((-share if mirror else share, 0.0, 0.0), (0.0, share, 0.0)), images.device).expand(len(images), 2, 3)
-    images = sample(images, window, size, *colour_matrix(images, model, None))
+    same = torch.eye(3, device=images.device).expand(len(images), 3, 3)
+    images = sample(images, window, size, model, same, images.new_zeros(len(images), 3, 1))
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -1057,7 +1059,7 @@ def within_memory(work: Callable[[], Any], model: Model, flags: SimpleNamespace)
 
 
 def epoch_plan(data: Data, seed: int, epoch: int, flags: SimpleNamespace) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The epoch's updates as index tensors, and the random numbers [N, RANDOM_NUMBERS] of its augmentation.
+    """The epoch's updates as index tensors, and how each image is shown, choose_views()'s [N, sum(VIEW_NUMBERS)].
 
     Drawn from seed and epoch alone. The images are dealt out evenly over the updates, BATCH_SIZE times
     GRADIENT_ACCUMULATION_STEPS at most, so that no update rests on a leftover image or two.
@@ -1065,18 +1067,18 @@ def epoch_plan(data: Data, seed: int, epoch: int, flags: SimpleNamespace) -> tup
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     train = data.split["train"]
     order = torch.randperm(len(train), generator=generator).to(train.device)
-    random = torch.rand(len(train), RANDOM_NUMBERS, generator=generator).to(train.device)
+    views = choose_views(torch.rand(len(train), RANDOM_NUMBERS, generator=generator), flags.HORIZONTAL_FLIP)
     updates = math.ceil(len(train) / (flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS))
-    return train[order].tensor_split(updates), random
+    return train[order].tensor_split(updates), views.to(train.device)
 
 
-def micro_batches(data: Data, window: Tensor, random: Tensor, model: Model,
+def micro_batches(data: Data, window: Tensor, views: Tensor, model: Model,
                   flags: SimpleNamespace) -> Iterator[tuple[Tensor, Tensor]]:
     """The augmented micro-batches of one update, as even as can be."""
     device, parts = model.mean.device, math.ceil(len(window) / (model.micro_batch or flags.BATCH_SIZE))
-    for batch, numbers in zip(window.tensor_split(parts), random.tensor_split(parts), strict=True):
+    for batch, shown in zip(window.tensor_split(parts), views.tensor_split(parts), strict=True):
         images, labels = data.fetch(batch, device)
-        yield augment(images, numbers.to(device, non_blocking=True), flags.IMAGE_SIZE, model, flags.HORIZONTAL_FLIP), labels
+        yield augment(images, shown.to(device, non_blocking=True), flags.IMAGE_SIZE, model), labels
 
 
 def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
@@ -1091,7 +1093,7 @@ def views_to_keep(model: Model, learning: int, images: int, flags: SimpleNamespa
 
 
 @torch.no_grad()
-def cached_batches(model: Model, data: Data, view: int, windows: tuple[Tensor, ...], random: Tensor, mixed: Precision,
+def cached_batches(model: Model, data: Data, view: int, windows: tuple[Tensor, ...], views: Tensor, mixed: Precision,
                    flags: SimpleNamespace) -> list[list[tuple[Tensor, Tensor]]]:
     """For each update of the epoch one micro-batch of features and labels, computed once for each view.
 
@@ -1106,7 +1108,7 @@ def cached_batches(model: Model, data: Data, view: int, windows: tuple[Tensor, .
                 return pooled_features(model.network, images).float()
 
         model.features[view] = within_memory(lambda: torch.cat(
-            [backbone(images) for images, _ in micro_batches(data, torch.cat(windows), random, model, flags)]), model, flags)
+            [backbone(images) for images, _ in micro_batches(data, torch.cat(windows), views, model, flags)]), model, flags)
     parts = model.features[view].split([len(window) for window in windows])
     return [[(part, data.labels[window].to(part.device))] for part, window in zip(parts, windows, strict=True)]
 
@@ -1153,18 +1155,18 @@ def train_epoch(model: Model, data: Data, epoch: int, optimizer: torch.optim.Opt
     trainable, images = unfreeze(model, learning), len(data.split["train"])
     kept = views_to_keep(model, learning, images, flags)
     view = epoch % kept if kept else epoch  # a view is an epoch's plan: the same plan shows the same view
-    plan, random = epoch_plan(data, model.seed, view, flags)
+    plan, views = epoch_plan(data, model.seed, view, flags)
     windows = tuple(own_share(window) for window in plan)
-    numbers = [own_share(part) for part in random.split([len(window) for window in plan])]
+    views = [own_share(part) for part in views.split([len(window) for window in plan])]
     if not kept:
         model.features.clear()
-    cached = cached_batches(model, data, view, windows, torch.cat(numbers), mixed, flags) if kept else None
+    cached = cached_batches(model, data, view, windows, torch.cat(views), mixed, flags) if kept else None
     network = across_processes(model.network.get_classifier() if kept else model.network)
     rates = [[learning_rate(epoch * len(plan) + step, group, len(plan), model, flags) for group in range(len(model.groups))]
              for step in range(len(plan))]
 
     def update(step: int) -> Tensor:
-        batches = cached[step] if cached else micro_batches(data, windows[step], numbers[step], model, flags)
+        batches = cached[step] if cached else micro_batches(data, windows[step], views[step], model, flags)
         return apply_update(network, batches, len(plan[step]) / PROCESSES, optimizer, scaler, rates[step], mixed,
                             flags.LABEL_SMOOTHING)
 
@@ -1504,11 +1506,11 @@ def measure_update(model: Model, data: Data, mixed: Precision, flags: SimpleName
     device = model.mean.device
     unfreeze(model, len(model.groups))
     optimizer, scaler, network = make_optimizer(model, flags), make_scaler(device, mixed), across_processes(model.network)
-    windows, random = epoch_plan(data, model.seed, 0, flags)
-    count, window, numbers = len(windows[0]), own_share(windows[0]), own_share(random[: len(windows[0])])
+    windows, views = epoch_plan(data, model.seed, 0, flags)
+    count, window, views = len(windows[0]), own_share(windows[0]), own_share(views[: len(windows[0])])
     reset_peak_memory(device)
     seconds = [seconds_of(lambda: within_memory(lambda: apply_update(
-        network, micro_batches(data, window, numbers, model, flags), count / PROCESSES, optimizer, scaler,
+        network, micro_batches(data, window, views, model, flags), count / PROCESSES, optimizer, scaler,
         [0.0] * len(model.groups), mixed, 0.0), model, flags), device) for _ in range(4)]
     return count / sorted(seconds[1:])[1], peak_memory(device)  # the first one warms up
 

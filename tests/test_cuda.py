@@ -23,11 +23,11 @@ def test_an_update_does_not_wait_for_the_gpu(mixed):
     data, flags = random_data(device="cuda"), quick_flags()
     at.unfreeze(model, 2)
     optimizer, scaler = at.make_optimizer(model, flags), at.make_scaler(device, mixed)
-    window, random = data.split["train"], torch.rand(20, at.RANDOM_NUMBERS).pin_memory()
+    window, views = data.split["train"], at.choose_views(torch.rand(20, at.RANDOM_NUMBERS), True).pin_memory()
     rates = [0.01] * len(model.groups)
 
     def update():
-        return at.apply_update(model.network, at.micro_batches(data, window, random, model, flags), 20, optimizer, scaler,
+        return at.apply_update(model.network, at.micro_batches(data, window, views, model, flags), 20, optimizer, scaler,
                                rates, mixed, 0.1)
 
     update()
@@ -49,10 +49,10 @@ def test_fp16_trains_and_the_speed_section_compares_it_with_fp32():
 
 def test_augmentation_is_the_same_as_on_the_cpu():
     model, device = on_gpu()
-    images, random = random_data().images[:8], torch.rand(8, at.RANDOM_NUMBERS)
-    there = at.augment(images.to(device), random.to(device), 32, model, True).cpu()
+    images, views = random_data().images[:8], at.choose_views(torch.rand(8, at.RANDOM_NUMBERS), True)
+    there = at.augment(images.to(device), views.to(device), 32, model).cpu()
     model.mean, model.std = model.mean.cpu(), model.std.cpu()
-    torch.testing.assert_close(there, at.augment(images, random, 32, model, True), rtol=0, atol=1e-2)
+    torch.testing.assert_close(there, at.augment(images, views, 32, model), rtol=0, atol=1e-2)
 
 
 def test_a_real_lack_of_gpu_memory_halves_the_micro_batch_and_training_goes_on():

@@ -63,13 +63,13 @@ def test_validation_and_test_images_are_untouched_by_augmentation(monkeypatch):
 def test_each_image_has_its_own_augmentation_that_does_not_depend_on_its_batch():
     model = model_of("resnet18")
     images = random_data().images[:1].repeat(16, 1, 1, 1)
-    random = torch.rand(16, at.RANDOM_NUMBERS, generator=torch.Generator().manual_seed(3))
-    together = at.augment(images, random, 32, model, True)
+    views = at.choose_views(torch.rand(16, at.RANDOM_NUMBERS, generator=torch.Generator().manual_seed(3)), True)
+    together = at.augment(images, views, 32, model)
     assert together.shape == (16, 3, 32, 32) and together.is_contiguous(memory_format=torch.channels_last)
     assert all(not torch.allclose(together[0], other, atol=0.1) for other in together[1:])
     images = random_data().images[:16] // torch.arange(1, 17, dtype=torch.uint8)[:, None, None, None]  # ever darker
-    together = at.augment(images, random, 32, model, True)
-    alone = torch.cat([at.augment(images[i:i + 1], random[i:i + 1], 32, model, True) for i in range(16)])
+    together = at.augment(images, views, 32, model)
+    alone = torch.cat([at.augment(images[i:i + 1], views[i:i + 1], 32, model) for i in range(16)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
 
 
@@ -78,7 +78,7 @@ NEUTRAL = dict.fromkeys(range(at.RANDOM_NUMBERS), 0.5) | {0: 1.0, 4: 0.9, 9: 0.9
 
 def augmented(changes: dict[int, float], flip: bool = True, size: int = 36) -> torch.Tensor:
     random = torch.tensor([[(NEUTRAL | changes)[index] for index in range(at.RANDOM_NUMBERS)]])
-    return at.augment(random_data().images[:1], random, size, model_of("resnet18"), flip)
+    return at.augment(random_data().images[:1], at.choose_views(random, flip), size, model_of("resnet18"))
 
 
 def test_neutral_numbers_only_normalise_and_each_number_does_its_own_work():
@@ -95,15 +95,13 @@ def test_neutral_numbers_only_normalise_and_each_number_does_its_own_work():
 
 def test_colour_jitter_equals_its_textbook_form():
     images, model = random_data().images[:1].float(), model_of("resnet18")
-    random = torch.tensor([[(NEUTRAL | {6: 0.9, 7: 0.2, 8: 0.7})[index] for index in range(at.RANDOM_NUMBERS)]])
-    matrix, offset = at.colour_matrix(images, model, random)
-    got = torch.baddbmm(offset, matrix, images.flatten(2)).view(images.shape)
+    got = augmented({6: 0.9, 7: 0.2, 8: 0.7})
     grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     wanted = images[0] / 255
     wanted = 1.2 * wanted + (1 - 1.2) * (wanted * grey).sum(0)  # saturation: away from each pixel's grey
     wanted = 0.82 * wanted + (1 - 0.82) * (images[0] / 255 * grey).sum(0).mean()  # contrast: towards the mean grey
     wanted = (1.24 * wanted - model.mean[:, None, None]) / model.std[:, None, None]  # brightness
-    torch.testing.assert_close(got[0], wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got[0], wanted, rtol=0, atol=1e-3)
 
 
 def test_shapes_come_from_the_seed_alone():

@@ -86,8 +86,8 @@ def test_the_head_only_stage_runs_on_the_meta_device(monkeypatch):
     model.mean, model.std = model.mean.to("meta"), model.std.to("meta")
     at.unfreeze(model, 1)
     optimizer, scaler = at.make_optimizer(model, flags), at.make_scaler(torch.device("meta"), False)
-    windows, random = at.epoch_plan(data, 0, 0, flags)
-    for window, batches in zip(windows, at.cached_batches(model, data, 0, windows, random, False, flags), strict=True):
+    windows, views = at.epoch_plan(data, 0, 0, flags)
+    for window, batches in zip(windows, at.cached_batches(model, data, 0, windows, views, False, flags), strict=True):
         at.apply_update(model.network.get_classifier(), batches, len(window), optimizer, scaler, [0.1] * 6, False, 0.1)
 
 

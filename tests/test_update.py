@@ -32,11 +32,11 @@ def test_micro_batches_give_the_gradient_of_one_batch(tiny, sizes, monkeypatch):
 
 def test_every_image_is_trained_on_once_an_epoch_in_micro_batches_of_the_given_size():
     data, flags = random_data(count=74), quick_flags()  # 37 images to train on: ragged at every level
-    windows, random = at.epoch_plan(data, 0, 0, flags)
-    assert sorted(torch.cat(windows).tolist()) == data.split["train"].tolist() and len(random) == 37
+    windows, views = at.epoch_plan(data, 0, 0, flags)
+    assert sorted(torch.cat(windows).tolist()) == data.split["train"].tolist() and len(views) == 37
     assert max(map(len, windows)) <= 16 and len(windows) == 3
     model = model_of("resnet18")
-    sizes = [len(labels) for window in windows for _, labels in at.micro_batches(data, window, random[:len(window)],
+    sizes = [len(labels) for window in windows for _, labels in at.micro_batches(data, window, views[:len(window)],
                                                                                  model, flags)]
     assert sum(sizes) == 37 and 1 < min(sizes) <= max(sizes) <= 8
 
@@ -105,9 +105,9 @@ def test_the_whole_update_runs_on_the_meta_device(architecture, monkeypatch):
     model.mean, model.std = model.mean.to("meta"), model.std.to("meta")
     at.unfreeze(model, 2)
     optimizer, scaler = at.make_optimizer(model, flags), at.make_scaler(torch.device("meta"), False)
-    window, random = data.split["train"], torch.rand(20, at.RANDOM_NUMBERS)
+    window, views = data.split["train"], at.choose_views(torch.rand(20, at.RANDOM_NUMBERS), True)
     for _ in range(2):
-        totals = at.apply_update(model.network, at.micro_batches(data, window, random, model, flags), 20, optimizer, scaler,
+        totals = at.apply_update(model.network, at.micro_batches(data, window, views, model, flags), 20, optimizer, scaler,
                                  [0.1] * len(model.groups), False, 0.1)
     assert totals.device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
