@@ -73,6 +73,16 @@ def test_each_image_has_its_own_augmentation_that_does_not_depend_on_its_batch()
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
 
 
+def test_an_epoch_shows_each_image_its_own_way_and_mirrors_only_where_that_is_allowed():
+    data, flags = random_data(), quick_flags()
+    views = at.epoch_plan(data, 0, 0, flags)[1]
+    assert len(views.unique(dim=0)) == len(views) == 20 and torch.equal(views, at.epoch_plan(data, 0, 0, flags)[1])
+    assert all((views != at.epoch_plan(data, seed, epoch, flags)[1]).any(1).all() for seed, epoch in ((0, 1), (1, 0)))
+    mirrored = views[:, 0] < 0  # the window's width
+    assert 0 < mirrored.sum() < 20
+    assert (at.epoch_plan(data, 0, 0, quick_flags(HORIZONTAL_FLIP=False))[1][:, 0] > 0).all()
+
+
 NEUTRAL = dict.fromkeys(range(at.RANDOM_NUMBERS), 0.5) | {0: 1.0, 4: 0.9, 9: 0.9}
 
 

@@ -283,7 +283,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, capsys, monkeypa
 @pytest.mark.parametrize("mixed", [torch.float16, torch.bfloat16, None])
 def test_dropout_and_the_loss_scale_go_on_where_they_were(tmp_path, monkeypatch, mixed):
     data, flags = random_data(), quick_flags(NUM_EPOCHS=4, OUTPUT_DIR=str(tmp_path), RESUME=True)
-    file, train_epoch = tmp_path / "model.pt", at.train_epoch
+    file, train_epoch, make_scaler = tmp_path / "model.pt", at.train_epoch, at.make_scaler
+    monkeypatch.setattr(at, "make_scaler", lambda device, mixed: (  # a scale that has to fall before the interruption
+        torch.amp.GradScaler("cpu", init_scale=2.0**20) if mixed == torch.float16 else make_scaler(device, mixed)))
 
     def fresh():
         model = model_of("test_resnet", NUM_EPOCHS=4)
@@ -292,6 +294,7 @@ def test_dropout_and_the_loss_scale_go_on_where_they_were(tmp_path, monkeypatch,
 
     whole = fresh()
     at.train_model(whole, data, mixed, flags)
+    assert mixed != torch.float16 or (whole.epochs[1]["loss_scale"] < 2**20 and whole.epochs[3]["skipped_updates"] == 0)
 
     def interrupt(model, data, epoch, *arguments):
         if epoch == 2:
