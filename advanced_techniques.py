@@ -693,13 +693,19 @@ def constant(values: tuple, device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
 
 
+@functools.cache
+def pixel_centres(size: int, device: torch.device) -> Tensor:
+    """Where a side's pixels lie in an image that reaches from -1 to 1: [size]."""
+    return (torch.arange(size, device=device) + 0.5) * 2 / size - 1
+
+
 def choose_views(random: Tensor, flip: bool) -> Tensor:
     """How augment() is to show each image: uniform numbers [n, RANDOM_NUMBERS] -> [n, sum(VIEW_NUMBERS)].
 
     Random resized crop (Szegedy et al., 2015), flip, rotation by up to 10 degrees, brightness and contrast varied by
     30 % and saturation by 50 %, random erasing (Zhong et al., 2017) in a quarter of the images. Every random choice is
     in `random`: an image's view doesn't depend on the batch it is in, and no generator has to be saved to repeat it.
-    So many small operations pay for a whole epoch at once; batch by batch they would be a fifth of the augmentation.
+    Called once for a whole epoch: done for each batch, these many small operations take a fifth of the augmentation.
     """
     signed = random * 2 - 1
     aspect = (signed[:, 1:2] * torch.tensor((1.0, -1.0)) * math.log(4 / 3)).exp()
@@ -712,18 +718,18 @@ def choose_views(random: Tensor, flip: bool) -> Tensor:
     brightness, contrast, saturation = (1 + signed[:, 6:9] * torch.tensor((0.3, 0.3, 0.5)))[:, :, None].unbind(1)
     grey = torch.tensor(LUMA).expand(3, 3)  # all three are linear in the pixel, so one matrix does them
     colour = torch.eye(3).lerp(grey, 1 - saturation[:, :, None]) * (brightness * contrast)[:, :, None]
-    half = torch.where(random[:, 9:10] < 0.25, 0.05 + 0.15 * random[:, 10:12], -1.0)
-    return torch.cat([window.flatten(1), colour.flatten(1), brightness * (1 - contrast), random[:, 12:14], half], dim=1)
+    half = torch.where(random[:, 9:10] < 0.25, 0.1 + 0.3 * random[:, 10:12], -1.0)
+    return torch.cat([window.flatten(1), colour.flatten(1), brightness * (1 - contrast), signed[:, 12:14], half], dim=1)
 
 
 def sample(images: Tensor, window: Tensor, size: int, model: Model, colour: Tensor, offset: Tensor) -> Tensor:
     """Recolour, normalise, then cut the window out of each image: pixels 0 to 255 -> float [n, 3, size, size].
 
-    Takes images [n, 3, H, W], window [n, 2, 3], colour [n, 3, 3] and an offset [n, 3, 1] of the pixels.
+    Takes images [n, 3, H, W], window [n, 2, 3], colour [n, 3, 3] and an offset [n, 1, 1] of the pixels.
     """
     std = model.std[:, None]
     images = torch.baddbmm((offset / 255 - model.mean[:, None]) / std, colour / (255 * std), images.flatten(2)).view_as(images)
-    line = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1
+    line = pixel_centres(size, images.device)
     down = window[:, :, 1, None] * line + window[:, :, 2, None]  # a sum of a row and a column: F.affine_grid's
     grid = window[:, :, 0, None, None] * line + down[..., None]  # matrix product costs more than the sampling
     return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
@@ -735,10 +741,10 @@ def augment(images: Tensor, views: Tensor, size: int, model: Model) -> Tensor:
     images = images.float()
     grey = grey_share * (images.mean((2, 3)) @ constant(LUMA, images.device))[:, None]  # contrast is to the mean grey
     images = sample(images, window.unflatten(1, (2, 3)), size, model, colour.unflatten(1, (3, 3)), grey[:, :, None])
-    line = torch.linspace(0, 1, size, device=images.device)
+    line = pixel_centres(size, images.device)
     across, down = ((line - centre[:, :, None]).abs() < half[:, :, None]).float().unbind(1)
-    kept = 1 - across[:, None, None, :] * down[:, None, :, None]
-    return images.mul_(kept).contiguous(memory_format=torch.channels_last)
+    images.addcmul_(images, across[:, None, None, :] * down[:, None, :, None], value=-1)  # less itself where it is erased
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def view(images: Tensor, size: int, model: Model, zoom: float = 1.0, mirror: bool = False) -> Tensor:
@@ -746,7 +752,7 @@ def view(images: Tensor, size: int, model: Model, zoom: float = 1.0, mirror: boo
     images, share = images.float(), min(1.0, size / images.shape[-1]) / zoom
     window = constant(((-share if mirror else share, 0.0, 0.0), (0.0, share, 0.0)), images.device).expand(len(images), 2, 3)
     same = torch.eye(3, device=images.device).expand(len(images), 3, 3)
-    images = sample(images, window, size, model, same, images.new_zeros(len(images), 3, 1))
+    images = sample(images, window, size, model, same, images.new_zeros(len(images), 1, 1))
     return images.contiguous(memory_format=torch.channels_last)
 
 
