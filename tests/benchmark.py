@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="300 images, 8 epochs, one backbone: under two minutes")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each loop (default: 1)")
     parser.add_argument("--architectures", default=f"{at.STAND_IN},resnet18", help="comma-separated timm names")
-    parser.add_argument("--images", type=int, default=1800, help="training images (default: 1800)")
+    parser.add_argument("--images", type=int, default=1500, help="training images (default: 1500)")
     parser.add_argument("--epochs", type=int, default=20, help="epochs, a multiple of 4 (default: 20)")
     parser.add_argument("--cost", action="store_true", help="instead: time and memory as the work grows")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
