@@ -379,6 +379,10 @@ class Data:
         self.waited += time.perf_counter() - started
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
+    def truth(self, role: str) -> Tensor:
+        """The labels of a role's images, int64 [n] on the CPU."""
+        return self.labels[self.split[role]].cpu()
+
 
 def cifar10(folder: Path, download: bool) -> Source:
     """CIFAR-10 (Krizhevsky, 2009) by torchvision, with its checksums; RuntimeError if it is not in the folder."""
@@ -1064,6 +1068,11 @@ def within_memory(work: Callable[[], Any], model: Model, flags: SimpleNamespace)
         say(f"  {model.name}: memory ran out; going on with micro-batches of {model.micro_batch} instead of {size} images.")
 
 
+def updates_an_epoch(data: Data, flags: SimpleNamespace) -> int:
+    """How many updates it takes to train on every image once."""
+    return math.ceil(len(data.split["train"]) / (flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS))
+
+
 def epoch_plan(data: Data, seed: int, epoch: int, flags: SimpleNamespace) -> tuple[tuple[Tensor, ...], Tensor]:
     """The epoch's updates as index tensors, and how each image is shown, choose_views()'s [N, sum(VIEW_NUMBERS)].
 
@@ -1074,8 +1083,7 @@ def epoch_plan(data: Data, seed: int, epoch: int, flags: SimpleNamespace) -> tup
     train = data.split["train"]
     order = torch.randperm(len(train), generator=generator).to(train.device)
     views = choose_views(torch.rand(len(train), RANDOM_NUMBERS, generator=generator), flags.HORIZONTAL_FLIP)
-    updates = math.ceil(len(train) / (flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS))
-    return train[order].tensor_split(updates), views.to(train.device)
+    return train[order].tensor_split(updates_an_epoch(data, flags)), views.to(train.device)
 
 
 def micro_batches(data: Data, window: Tensor, views: Tensor, model: Model,
@@ -1321,7 +1329,7 @@ def soft_vote(probabilities: Iterable[Tensor]) -> Tensor:
 
 def score(probabilities: Tensor, data: Data, role: str) -> tuple[float, float]:
     """Mean negative log-likelihood and accuracy (0 to 1) of probabilities [n, classes]."""
-    labels = data.labels[data.split[role]].cpu()
+    labels = data.truth(role)
     likelihood = probabilities.gather(1, labels[:, None]).clamp(min=1e-12)
     return -likelihood.log().mean().item(), (probabilities.argmax(1) == labels).double().mean().item()
 
@@ -1347,7 +1355,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
 def judge(probabilities: Tensor, data: Data, prefix: str = "") -> dict[str, Any]:
     """What the test images say of probabilities [n, classes], each figure's name with a prefix."""
     loss, accuracy = score(probabilities, data, "test")
-    labels = data.labels[data.split["test"]].cpu()
+    labels = data.truth("test")
     return {prefix + name: value for name, value in dict(
         accuracy=accuracy, interval=wilson_interval(accuracy, len(labels)), loss=loss,
         calibration_error=calibration_error(probabilities, labels)).items()}
@@ -1359,7 +1367,7 @@ def paired_gain(first: Tensor, second: Tensor, data: Data, prefix: str = "") -> 
     With the 95 % bootstrap interval over images (Efron, 1979), and the probability that mere chance decides between
     them so unevenly: McNemar's exact test (McNemar, 1947), which looks only at the images where one alone is right.
     """
-    labels = data.labels[data.split["test"]].cpu()
+    labels = data.truth("test")
     right = [(probabilities.argmax(1) == labels) for probabilities in (first, second)]
     won, lost, count = (right[0] & ~right[1]).sum().item(), (right[1] & ~right[0]).sum().item(), len(labels)
     # Drawing n images with replacement, and counting how often each kind comes, is one multinomial draw.
@@ -1372,7 +1380,7 @@ def paired_gain(first: Tensor, second: Tensor, data: Data, prefix: str = "") -> 
 
 def evaluate_ensemble(plain: list[Tensor], averaged: list[Tensor], data: Data) -> dict[str, Any]:
     """Soft voting over models, from probabilities already computed, against the single model that tests best."""
-    labels = data.labels[data.split["test"]].cpu()
+    labels = data.truth("test")
     votes = torch.stack([part.argmax(1) for part in plain])
     wrong, vote = votes != labels, soft_vote(plain)
     gain = paired_gain(vote, plain[int(wrong.sum(1).argmin())], data)
@@ -1384,7 +1392,7 @@ def evaluate_ensemble(plain: list[Tensor], averaged: list[Tensor], data: Data) -
 
 def by_class(probabilities: Tensor, data: Data) -> list[dict[str, Any]]:
     """For each class its name, how many test images it has, and how many of them are taken for another."""
-    labels = data.labels[data.split["test"]].cpu()
+    labels = data.truth("test")
     images, errors = (torch.bincount(part, minlength=len(data.classes)).tolist()
                       for part in (labels, labels[probabilities.argmax(1) != labels]))
     return [dict(name=name, images=count, errors=wrong) for name, count, wrong in
@@ -1416,16 +1424,16 @@ def crossed_interval(differences: np.ndarray) -> tuple[float, list[float]]:
     return float(differences.mean()), [float(differences.mean() - half), float(differences.mean() + half)]
 
 
-def ledger_row(technique: str, on: list[dict], off: list[dict], data: Data, why: str = "") -> dict[str, Any]:
+def ledger_row(technique: str, on: list[dict], off: list[dict], data: Data) -> dict[str, Any]:
     """What a technique changed, from runs with and without it, paired by seed and by test image."""
-    labels = data.labels[data.split["test"]].cpu()
+    labels = data.truth("test")
     right = [np.stack([(run["final"].argmax(1) == labels).numpy() for run in runs]).astype(float) for runs in (on, off)]
     change, interval = crossed_interval(right[0] - right[1])
     spent, memory = ([np.mean([run[kind] or math.nan for run in runs]) for runs in (on, off)] for kind in ("spent", "memory"))
     verdict = "helps" if interval[0] > 0 else "hurts" if interval[1] < 0 else "no clear effect"
     return dict(technique=technique, change=change, interval=interval, time_ratio=float(spent[0] / spent[1]),
                 memory_ratio=None if math.isnan(memory[0] + memory[1]) else float(memory[0] / memory[1]),
-                accuracy_on=float(right[0].mean()), accuracy_off=float(right[1].mean()), verdict=verdict, why=why)
+                accuracy_on=float(right[0].mean()), accuracy_off=float(right[1].mean()), verdict=verdict, why="")
 
 
 def as_tested(run: dict[str, Any], tta: bool) -> dict[str, Any]:
@@ -1904,7 +1912,7 @@ def plot_time(results: dict[str, Any]) -> Figure:
 
 def plot_predictions(probabilities: Tensor, data: Data) -> Figure:
     """Test images with prediction and confidence: eight right ones above, the eight most confidently wrong below."""
-    labels = data.labels[data.split["test"]].cpu()
+    labels = data.truth("test")
     confidence, predicted = probabilities.max(1)
     right = torch.nonzero(predicted == labels)[:, 0]
     wrong = torch.nonzero(predicted != labels)[:, 0]
@@ -2035,7 +2043,7 @@ def predict_files(flags: SimpleNamespace, device: torch.device) -> None:
 def run_all(data: Data, weights: list[Weights], flags: SimpleNamespace, device: torch.device,
             runs: list[dict[str, Any]]) -> None:
     """Train and test each architecture in turn, appending to runs; after Ctrl-C, with what there is of the last one."""
-    updates = len(epoch_plan(data, 0, 0, flags)[0])
+    updates = updates_an_epoch(data, flags)
     for index, (name, source) in enumerate(zip(flags.ARCHITECTURES, weights, strict=True)):
         title = f"{name}_{index + 1}" if flags.ARCHITECTURES.count(name) > 1 else name
         model = build_model(title, source, len(data.classes), flags.SEED + index, flags, device)
@@ -2073,7 +2081,7 @@ def report(runs: list[dict[str, Any]], ledger: list[dict[str, Any]] | None, data
     write_report(results, notices, folder)
     if not finished:
         return
-    labels = data.labels[data.split["test"]].cpu()
+    labels = data.truth("test")
     figures = dict(training_curves=plot_curves(results), accuracy_against_cost=plot_time(results),
                    learning_rates=finished[0]["rates"],
                    confusion_matrix=plot_confusion(final, labels, data.classes, score(final, data, "test")[1]),

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,8 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import advanced_techniques as at
+
+CPU = torch.device("cpu")
 
 
 class PerImage(Dataset):
@@ -107,7 +109,7 @@ def textbook(model: at.Model, data: at.Data, flags: SimpleNamespace) -> dict[str
     memory = peak_memory()
     test = textbook_accuracy(network, loaders["test"])
     return dict(times=times, accuracies=accuracies, waited=waited, memory=memory, test=test,
-                augmented=images_per_second(lambda: sum(len(inputs) for inputs, _ in loaders["train"])))
+                augmented=images_per_second(len(data.split["train"]), lambda: exhaust(loaders["train"])))
 
 
 def trainer(model: at.Model, data: at.Data, flags: SimpleNamespace) -> dict[str, Any]:
@@ -142,31 +144,33 @@ def trainer(model: at.Model, data: at.Data, flags: SimpleNamespace) -> dict[str,
     memory = peak_memory()
     test = at.score(at.predict(model, data, "test", [{}], mixed, flags)[0], data, "test")[1]
 
-    def augmented_epoch() -> int:
+    def augment_epoch() -> None:
         windows, views = plan(data, 0, 0, flags)
-        return sum(len(labels) for _, labels in produce(data, torch.cat(windows), views, model, flags))
+        exhaust(produce(data, torch.cat(windows), views, model, flags))
 
     return dict(times=times, accuracies=[entry["validation_accuracy"] for entry in epochs], waited=sum(waited),
-                memory=memory, test=test, augmented=images_per_second(augmented_epoch))
+                memory=memory, test=test, augmented=images_per_second(len(data.split["train"]), augment_epoch))
 
 
-def images_per_second(epoch: Callable[[], int]) -> float:
-    """Speed of an epoch that does nothing but augment and returns its images: the median of five."""
-    speeds = []
-    for _ in range(5):
-        asked = time.perf_counter()
-        speeds.append(epoch() / (time.perf_counter() - asked))
-    return statistics.median(speeds)
+def exhaust(batches: Iterable) -> None:
+    """Take every batch and keep none."""
+    for _ in batches:
+        pass
+
+
+def images_per_second(images: int, epoch: Callable[[], Any]) -> float:
+    """Speed of an epoch that does nothing but augment its images: the median of five."""
+    return statistics.median(images / at.seconds_of(epoch, CPU) for _ in range(5))
 
 
 def peak_memory() -> float:
     """Peak resident memory of this process in bytes; a DataLoader's workers are not counted."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return at.peak_memory(CPU) or math.nan
 
 
 def one_run(kind: str, architecture: str, seed: int, changes: dict[str, Any]) -> None:
     """One run in this process; prints its figures as the last line, as JSON."""
-    device = torch.device("cpu") if kind == "textbook" else at.choose_device()
+    device = CPU if kind == "textbook" else at.choose_device()
     if device.type != "cpu":
         raise SystemExit("tests/benchmark.py compares on a CPU; hide the accelerator to run it here.")
     flags = SimpleNamespace(**at.FLAGS | dict(IMAGE_SIZE=96, TEST_IMAGES=2000, SEED=seed) | changes)
