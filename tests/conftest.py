@@ -1,6 +1,9 @@
-"""What the tests share: the script as a module, flags for quick runs, a tiny data set, a tiny network."""
+"""What the tests share: the script as a module, flags for quick runs, tiny data, tiny networks."""
 
+import atexit
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import advanced_techniques as at
 
 CPU = torch.device("cpu")
+SCRATCH = tempfile.mkdtemp()  # for what a test writes but doesn't look at
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 
 
 def quick_flags(**changes) -> SimpleNamespace:
     """The script's flags, made small, with some changed."""
-    small = dict(IMAGE_SIZE=32, TRAIN_IMAGES=40, TEST_IMAGES=20, BATCH_SIZE=8, GRADIENT_ACCUMULATION_STEPS=2)
+    small = dict(IMAGE_SIZE=32, TRAIN_IMAGES=40, TEST_IMAGES=20, BATCH_SIZE=8,
+                 GRADIENT_ACCUMULATION_STEPS=2, OUTPUT_DIR=SCRATCH)
     return SimpleNamespace(**at.FLAGS | small | changes)
 
 
@@ -26,23 +32,37 @@ def random_data(count: int = 40, side: int = 36, classes: int = 4, device: str =
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, classes, (count,), generator=generator)
-    parts = dict(zip(("train", "validation", "test"), torch.arange(count).tensor_split([count // 2, 3 * count // 4]),
-                     strict=True))
-    return at.Data("random", [str(label) for label in range(classes)], images.to(device), labels.to(device),
-                   {role: part.to(device) for role, part in parts.items()})
+    cuts = torch.arange(count).tensor_split([count // 2, 3 * count // 4])
+    parts = dict(zip(("train", "validation", "test"), cuts, strict=True))
+    return at.Data("random", [str(label) for label in range(classes)], images.to(device),
+                   labels.to(device), {role: part.to(device) for role, part in parts.items()})
 
 
-def model_of(architecture: str, pretrained: bool = True, classes: int = 4, **changes) -> at.Model:
-    """A model with random weights that is treated as a pretrained one unless said otherwise."""
-    flags = quick_flags(**changes)
-    model = at.build_model(architecture, at.Weights(architecture, "test", None), classes, 0, flags, CPU)
+def run_of(architecture: str, pretrained: bool = True, classes: int = 4,
+           device: torch.device = CPU, **changes) -> at.Run:
+    """A run of a model with random weights, which count as pretrained ones unless said otherwise.
+
+    Without word of it, it trains in FP32, on whatever machine.
+    """
+    flags = quick_flags(**dict(USE_MIXED_PRECISION=False) | changes)
+    job = at.Job(flags, device, random_data(classes=classes))
+    run = at.new_run(architecture, at.Weights(architecture, "test", None), 0, job)
     if pretrained:
-        model.gradual, model.rate_decay = flags.GRADUAL_UNFREEZING, flags.LAYER_RATE_DECAY
-    return model
+        run.weights = at.Weights(architecture, "test", {})
+    return run
+
+
+def in_precision(run: at.Run, precision: torch.dtype | None) -> at.Run:
+    """The run itself, from now on in another precision."""
+    run.precision = precision
+    run.scaler = at.make_scaler(run.device, precision)
+    return run
 
 
 class TinyNetwork(nn.Module):
     """A network without batch statistics, so that a batch may be cut anywhere."""
+
+    num_features = 6
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,13 +73,27 @@ class TinyNetwork(nn.Module):
         return self.head(torch.tanh(self.stem(images)).mean((2, 3)))
 
 
-@pytest.fixture
-def tiny() -> at.Model:
+def tiny_run(**changes) -> at.Run:
+    """A run of TinyNetwork, which always learns as a whole, so no features are kept."""
     torch.manual_seed(0)
-    network = TinyNetwork()
+    network, flags = TinyNetwork(), quick_flags(**changes)
     groups = dict(head=list(network.head.parameters()), stem=list(network.stem.parameters()))
-    return at.Model("tiny", at.Weights("tiny", "test", None), network, groups, torch.full((3,), 0.5),
-                    torch.full((3,), 0.5), False, 0.5, 0)
+    return at.Run("tiny", at.Weights("tiny", "test", None), network, groups, 0, flags, CPU,
+                  mean=torch.tensor([0.4, 0.5, 0.6]), std=torch.tensor([0.2, 0.25, 0.3]),
+                  precision=None, precision_why="", optimizer=at.make_optimizer(groups, flags),
+                  scaler=at.make_scaler(CPU, None), micro_batch=flags.BATCH_SIZE)
+
+
+@pytest.fixture
+def tiny() -> at.Run:
+    return tiny_run()
+
+
+@pytest.fixture
+def allow_meta(monkeypatch) -> None:
+    """Let fused AdamW take tensors of the meta device, which it refuses otherwise."""
+    adam = sys.modules["torch.optim.adam"]
+    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *arguments, **options: None)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, model_of, quick_flags, random_data
+from conftest import CPU, quick_flags, random_data, run_of, tiny_run
 from PIL import Image
 
 import advanced_techniques as at
@@ -22,8 +22,13 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 def source(counts=(50, 30, 20), role="") -> at.Source:
     labels = np.repeat(np.arange(len(counts)), counts)
-    return at.Source("test", [str(index) for index in range(len(counts))], labels, np.full(len(labels), role),
-                     lambda chosen: torch.zeros(len(chosen), 3, 4, 4, dtype=torch.uint8))
+    return at.Source(
+        "test",
+        [str(index) for index in range(len(counts))],
+        labels,
+        np.full(len(labels), role),
+        lambda chosen: torch.zeros(len(chosen), 3, 4, 4, dtype=torch.uint8),
+    )
 
 
 def test_the_split_is_disjoint_stratified_and_repeatable():
@@ -42,8 +47,12 @@ def test_limits_and_official_roles_are_kept():
     given = source((200, 200))
     given.roles = np.array((["train"] * 150 + ["test"] * 50) * 2)
     parts = at.split(given, 40, 30, 0)
-    assert {role: len(part) for role, part in parts.items()} == dict(test=30, validation=5, train=40)
-    assert set(given.roles[parts["test"]]) == {"test"} and set(given.roles[parts["validation"]]) == {"train"}
+    assert {role: len(part) for role, part in parts.items()} == dict(
+        test=30, validation=5, train=40
+    )
+    assert set(given.roles[parts["test"]]) == {"test"} and set(
+        given.roles[parts["validation"]]
+    ) == {"train"}
     assert not set(parts["train"]) & set(parts["validation"])
 
 
@@ -54,45 +63,56 @@ def test_too_few_images_stop_with_a_plain_message(capsys):
 
 
 def test_validation_and_test_images_are_untouched_by_augmentation(monkeypatch):
-    model, data, flags = model_of("resnet18"), random_data(), quick_flags()
-    monkeypatch.setattr(at, "augment", lambda *arguments: pytest.fail("evaluation augmented an image"))
-    first = at.predict(model, data, "validation", [{}], False, flags)
-    assert torch.equal(first, at.predict(model, data, "validation", [{}], False, flags))
+    run, data = run_of("resnet18"), random_data()
+    monkeypatch.setattr(at, "augment", lambda *_: pytest.fail("evaluation augmented an image"))
+    first = at.predict(run, data, "validation", [{}])
+    assert torch.equal(first, at.predict(run, data, "validation", [{}]))
 
 
 def test_each_image_has_its_own_augmentation_that_does_not_depend_on_its_batch():
-    model = model_of("resnet18")
+    run = run_of("resnet18")
     images = random_data().images[:1].repeat(16, 1, 1, 1)
-    views = at.choose_views(torch.rand(16, at.RANDOM_NUMBERS, generator=torch.Generator().manual_seed(3)), True)
-    together = at.augment(images, views, 32, model)
-    assert together.shape == (16, 3, 32, 32) and together.is_contiguous(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(3)
+    random = torch.rand(16, len(at.RANDOM_NUMBERS), generator=generator)
+    views = at.choose_views(random, True)
+    together = at.augment(images, views, run)
+    assert together.shape == (16, 3, 32, 32) and together.is_contiguous(
+        memory_format=torch.channels_last
+    )
     assert all(not torch.allclose(together[0], other, atol=0.1) for other in together[1:])
-    images = random_data().images[:16] // torch.arange(1, 17, dtype=torch.uint8)[:, None, None, None]  # ever darker
-    together = at.augment(images, views, 32, model)
-    alone = torch.cat([at.augment(images[i:i + 1], views[i:i + 1], 32, model) for i in range(16)])
+    images = (
+        random_data().images[:16] // torch.arange(1, 17, dtype=torch.uint8)[:, None, None, None]
+    )  # ever darker
+    together = at.augment(images, views, run)
+    alone = torch.cat([at.augment(images[i : i + 1], views[i : i + 1], run) for i in range(16)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
 
 
 def test_an_epoch_shows_each_image_its_own_way_and_mirrors_only_where_that_is_allowed():
-    data, flags = random_data(), quick_flags()
-    views = at.epoch_plan(data, 0, 0, flags)[1]
-    assert len(views.unique(dim=0)) == len(views) == 20 and torch.equal(views, at.epoch_plan(data, 0, 0, flags)[1])
-    assert all((views != at.epoch_plan(data, seed, epoch, flags)[1]).any(1).all() for seed, epoch in ((0, 1), (1, 0)))
+    def views_of(seed, epoch, **changes):
+        run = tiny_run(**changes)
+        run.seed = seed
+        return torch.cat([part.views for part in at.deal_out(run, random_data(), epoch)])
+
+    views = views_of(0, 0)
+    assert len(views.unique(dim=0)) == len(views) == 20 and torch.equal(views, views_of(0, 0))
+    assert all((views != views_of(seed, epoch)).any(1).all() for seed, epoch in ((0, 1), (1, 0)))
     mirrored = views[:, 0] < 0  # the window's width
     assert 0 < mirrored.sum() < 20
-    assert (at.epoch_plan(data, 0, 0, quick_flags(HORIZONTAL_FLIP=False))[1][:, 0] > 0).all()
+    assert (views_of(0, 0, HORIZONTAL_FLIP=False)[:, 0] > 0).all()
 
 
-NEUTRAL = dict.fromkeys(range(at.RANDOM_NUMBERS), 0.5) | {0: 1.0, 4: 0.9, 9: 0.9}
+NEUTRAL = dict.fromkeys(range(len(at.RANDOM_NUMBERS)), 0.5) | {0: 1.0, 4: 0.9, 9: 0.9}
 
 
 def augmented(changes: dict[int, float], flip: bool = True, size: int = 36) -> torch.Tensor:
-    random = torch.tensor([[(NEUTRAL | changes)[index] for index in range(at.RANDOM_NUMBERS)]])
-    return at.augment(random_data().images[:1], at.choose_views(random, flip), size, model_of("resnet18"))
+    random = torch.tensor([[(NEUTRAL | changes)[index] for index in range(len(NEUTRAL))]])
+    run = run_of("resnet18", IMAGE_SIZE=size)
+    return at.augment(random_data().images[:1], at.choose_views(random, flip), run)
 
 
 def test_neutral_numbers_only_normalise_and_each_number_does_its_own_work():
-    plain = at.view(random_data().images[:1], 36, model_of("resnet18"))
+    plain = at.show(random_data().images[:1], run_of("resnet18", IMAGE_SIZE=36))
     torch.testing.assert_close(augmented({}), plain, rtol=0, atol=1e-3)
     torch.testing.assert_close(augmented({4: 0.1}), plain.flip(-1), rtol=0, atol=1e-3)
     torch.testing.assert_close(augmented({4: 0.1}, flip=False), plain, rtol=0, atol=1e-3)
@@ -100,17 +120,23 @@ def test_neutral_numbers_only_normalise_and_each_number_does_its_own_work():
         assert not torch.allclose(augmented({index: 0.1}), plain, atol=0.05), index
     erased = augmented({9: 0.1})
     hole = (erased == 0).all(1)[0]
-    assert 0.03 < hole.float().mean() < 0.2 and torch.equal(erased[0][:, ~hole], augmented({})[0][:, ~hole])
+    assert 0.03 < hole.float().mean() < 0.2 and torch.equal(
+        erased[0][:, ~hole], augmented({})[0][:, ~hole]
+    )
 
 
 def test_colour_jitter_equals_its_textbook_form():
-    images, model = random_data().images[:1].float(), model_of("resnet18")
+    images, run = random_data().images[:1].float(), run_of("resnet18")
     got = augmented({6: 0.9, 7: 0.2, 8: 0.7})
     grey = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     wanted = images[0] / 255
-    wanted = 1.2 * wanted + (1 - 1.2) * (wanted * grey).sum(0)  # saturation: away from each pixel's grey
-    wanted = 0.82 * wanted + (1 - 0.82) * (images[0] / 255 * grey).sum(0).mean()  # contrast: towards the mean grey
-    wanted = (1.24 * wanted - model.mean[:, None, None]) / model.std[:, None, None]  # brightness
+    wanted = 1.2 * wanted + (1 - 1.2) * (wanted * grey).sum(
+        0
+    )  # saturation: away from each pixel's grey
+    wanted = (
+        0.82 * wanted + (1 - 0.82) * (images[0] / 255 * grey).sum(0).mean()
+    )  # contrast: towards the mean grey
+    wanted = (1.24 * wanted - run.mean[:, None, None]) / run.std[:, None, None]  # brightness
     torch.testing.assert_close(got[0], wanted, rtol=0, atol=1e-4)
 
 
@@ -118,7 +144,9 @@ def test_shapes_come_from_the_seed_alone():
     chosen = np.arange(30)
     images = at.shapes(5).read(chosen)
     assert images.shape == (30, 3, 64, 64) and images.dtype == torch.uint8
-    assert torch.equal(images, at.shapes(5).read(chosen)) and not torch.equal(images, at.shapes(6).read(chosen))
+    assert torch.equal(images, at.shapes(5).read(chosen)) and not torch.equal(
+        images, at.shapes(6).read(chosen)
+    )
     assert len(at.shapes(5).classes) == 10
 
 
@@ -128,12 +156,18 @@ MODES = ["L", "RGB", "RGBA", "LA", "P", "CMYK", "1", "I;16"]
 @pytest.mark.parametrize("mode", MODES)
 def test_any_mode_becomes_the_same_rgb(tmp_path, mode):
     grey = np.full((20, 30), 200, np.uint8)
-    image = Image.fromarray(grey.astype(np.uint16) * 256) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    image = (
+        Image.fromarray(grey.astype(np.uint16) * 256)
+        if mode == "I;16"
+        else Image.fromarray(grey).convert(mode)
+    )
     file = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     image.save(file)
     expected = 255 if mode == "1" else 200
     decoded = at.decode(file, 16)
-    assert decoded.shape == (3, 16, 16) and abs(decoded.astype(int).mean() - expected) < (80 if mode == "1" else 4)
+    assert decoded.shape == (3, 16, 16) and abs(decoded.astype(int).mean() - expected) < (
+        80 if mode == "1" else 4
+    )
 
 
 def test_transparency_lies_over_white_and_exif_rotation_is_applied(tmp_path):
@@ -162,17 +196,25 @@ def make_folder(root: Path, count: int = 12, classes=("cat", "dog", "owl")) -> P
 def test_a_folder_of_class_folders(tmp_path):
     folder = make_folder(tmp_path / "pets")
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
-    data, notice = at.load_data(quick_flags(DATASET=str(folder), TRAIN_IMAGES=0, TEST_IMAGES=0), CPU)
+    data, notice = at.load_data(
+        quick_flags(DATASET=str(folder), TRAIN_IMAGES=0, TEST_IMAGES=0), CPU
+    )
     assert data.classes == ["cat", "dog", "owl"] and len(data.images) == 36 and "pets" in notice[0]
-    assert torch.equal(data.images.float().mean((2, 3)).argmax(1), data.labels)  # each image kept its label
+    assert torch.equal(
+        data.images.float().mean((2, 3)).argmax(1), data.labels
+    )  # each image kept its label
     assert before == sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
 
 
 def test_a_folder_with_train_val_and_test(tmp_path):
     for part, count in (("train", 10), ("val", 4), ("test", 6)):
         make_folder(tmp_path / "pets" / part, count)
-    data, _ = at.load_data(quick_flags(DATASET=str(tmp_path / "pets"), TRAIN_IMAGES=0, TEST_IMAGES=0), CPU)
-    assert {role: len(part) for role, part in data.split.items()} == dict(test=18, validation=12, train=30)
+    data, _ = at.load_data(
+        quick_flags(DATASET=str(tmp_path / "pets"), TRAIN_IMAGES=0, TEST_IMAGES=0), CPU
+    )
+    assert {role: len(part) for role, part in data.split.items()} == dict(
+        test=18, validation=12, train=30
+    )
 
 
 def test_large_sets_go_to_a_memory_mapped_file(tmp_path):
@@ -196,10 +238,12 @@ def test_unreadable_files_are_named_together(tmp_path, capsys):
 
 @pytest.fixture
 def cifar_server(tmp_path, monkeypatch):
-    """CIFAR-10's archive in small, served on this machine, so that torchvision's real download runs."""
+    """CIFAR-10's archive in small, served here, so that torchvision's real download runs."""
     random, files = np.random.default_rng(0), {}
     for name in [*(f"data_batch_{index}" for index in range(1, 6)), "test_batch"]:
-        files[name] = pickle.dumps({"data": random.integers(0, 256, (10, 3072), np.uint8), "labels": list(range(10))})
+        files[name] = pickle.dumps(
+            {"data": random.integers(0, 256, (10, 3072), np.uint8), "labels": list(range(10))}
+        )
     files["batches.meta"] = pickle.dumps({"label_names": [f"class {index}" for index in range(10)]})
     served = tmp_path / "served"
     served.mkdir()
@@ -220,9 +264,17 @@ def cifar_server(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     kind = at.torchvision.datasets.CIFAR10
-    monkeypatch.setattr(kind, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz")
-    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5((served / "cifar-10-python.tar.gz").read_bytes()).hexdigest())
-    monkeypatch.setattr(kind, "train_list", [[f"data_batch_{index}", sums[f"data_batch_{index}"]] for index in range(1, 6)])
+    monkeypatch.setattr(
+        kind, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+    )
+    monkeypatch.setattr(
+        kind, "tgz_md5", hashlib.md5((served / "cifar-10-python.tar.gz").read_bytes()).hexdigest()
+    )
+    monkeypatch.setattr(
+        kind,
+        "train_list",
+        [[f"data_batch_{index}", sums[f"data_batch_{index}"]] for index in range(1, 6)],
+    )
     monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(kind, "meta", kind.meta | {"md5": sums["batches.meta"]})
     at.reachable.cache_clear()
@@ -242,7 +294,9 @@ def test_auto_downloads_cifar10_once_and_then_finds_it(cifar_server, tmp_path):
 
 def test_without_a_network_auto_falls_back_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(at, "reachable", lambda url: False)
-    monkeypatch.setattr(at, "fashion_mnist", lambda folder, download: (_ for _ in ()).throw(RuntimeError()))
+    monkeypatch.setattr(
+        at, "fashion_mnist", lambda folder, download: (_ for _ in ()).throw(RuntimeError())
+    )
     found, notice = at.find_source(quick_flags(DATASET="auto", DATA_DIR=str(tmp_path)))
     assert found.name == "shapes" and "CIFAR-10 is not in" in notice and "shapes" in notice
     with pytest.raises(SystemExit):
@@ -251,24 +305,41 @@ def test_without_a_network_auto_falls_back_and_says_so(tmp_path, monkeypatch):
 
 def test_a_host_that_does_not_answer_is_asked_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(at.urllib.request, "urlopen", lambda *arguments, **options: (
-        asked.append(1), (_ for _ in ()).throw(OSError("no network")))[1])
+    monkeypatch.setattr(
+        at.urllib.request,
+        "urlopen",
+        lambda *arguments, **options: (
+            asked.append(1),
+            (_ for _ in ()).throw(OSError("no network")),
+        )[1],
+    )
     at.reachable.cache_clear()
-    assert [at.reachable("https://example.invalid") for _ in range(3)] == [False] * 3 and len(asked) == 1
+    assert [at.reachable("https://example.invalid") for _ in range(3)] == [False] * 3 and len(
+        asked
+    ) == 1
     at.reachable.cache_clear()
 
 
-@pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(
+    not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
+)
 def test_fashion_mnist_is_found_in_debians_copy(tmp_path):
     found = at.fashion_mnist(tmp_path, download=False)
-    assert len(found.labels) == 70000 and found.classes[9] == "Ankle boot" and (found.roles == "test").sum() == 10000
+    assert (
+        len(found.labels) == 70000
+        and found.classes[9] == "Ankle boot"
+        and (found.roles == "test").sum() == 10000
+    )
     assert found.read(np.array([0, 69999])).shape == (2, 3, 28, 28)
 
 
 def test_a_damaged_copy_of_fashion_mnist_is_refused(tmp_path, capsys):
     packed = tmp_path / "packed"
     packed.mkdir()
-    for content in (b"\0" * 100, b"\0" * (16 + 60000 * 784)):  # too short; the right size, but no IDX header
+    for content in (
+        b"\0" * 100,
+        b"\0" * (16 + 60000 * 784),
+    ):  # too short; the right size, but no IDX header
         (packed / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(content, 1))
         with pytest.raises(SystemExit):
             at.unpack_fashion_mnist(tmp_path / "raw", packed)

@@ -1,4 +1,4 @@
-"""The report's evidence: intervals, paired gains, calibration, and what the ablation makes of paired runs."""
+"""The report's evidence: intervals, paired gains, calibration, the ablation's paired runs."""
 
 import itertools
 import json
@@ -16,17 +16,21 @@ import advanced_techniques as at
 def test_wilson_intervals_equal_published_ones():
     assert at.wilson_interval(0.5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-4)
     assert at.wilson_interval(0.0, 10) == pytest.approx([0.0, 0.2775], abs=1e-4)
-    assert at.wilson_interval(81 / 263, 263) == pytest.approx([0.2553, 0.3662], abs=1e-4)  # Newcombe, 1998, table I
+    assert at.wilson_interval(81 / 263, 263) == pytest.approx(
+        [0.2553, 0.3662], abs=1e-4
+    )  # Newcombe, 1998, table I
 
 
 def test_wilson_intervals_cover_the_truth_about_95_times_in_100():
     draws = np.random.default_rng(0).binomial(200, 0.9, 2000)
-    covered = [low <= 0.9 <= high for low, high in (at.wilson_interval(draw / 200, 200) for draw in draws)]
+    covered = [
+        low <= 0.9 <= high for low, high in (at.wilson_interval(draw / 200, 200) for draw in draws)
+    ]
     assert 0.93 < np.mean(covered) < 0.97
 
 
 def probabilities_of(right: list[bool], data: at.Data, confidence: float = 0.7) -> torch.Tensor:
-    """Probabilities whose predicted class is the label where `right` says so, else the next class."""
+    """Probabilities that predict the label where `right` says so, else the next class."""
     labels = data.labels[data.split["test"]]
     predicted = torch.where(torch.tensor(right), labels, (labels + 1) % 4)
     rest = (1 - confidence) / 3
@@ -38,20 +42,33 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
     labels = data.labels[data.split["test"]]
     for share in (0, 30, 70, 100):
         answer = probabilities_of([index < share for index in range(100)], data)
-        assert at.calibration_error(answer, labels) == pytest.approx(abs(0.7 - share / 100), abs=1e-6)
-    halves = torch.cat([probabilities_of([True] * 100, data, 0.9)[:50], probabilities_of([False] * 100, data, 0.5)[50:]])
+        assert at.calibration_error(answer, labels) == pytest.approx(
+            abs(0.7 - share / 100), abs=1e-6
+        )
+    halves = torch.cat(
+        [
+            probabilities_of([True] * 100, data, 0.9)[:50],
+            probabilities_of([False] * 100, data, 0.5)[50:],
+        ]
+    )
     assert at.calibration_error(halves, labels) == pytest.approx(0.5 * 0.1 + 0.5 * 0.5, abs=1e-6)
     assert at.calibration_error(torch.nn.functional.one_hot(labels, 4).float(), labels) == 0
 
 
 def test_mcnemars_exact_test_equals_the_binomial_counted_by_hand():
     data = random_data(count=40)  # 10 to test on
-    first, second = [True] * 6 + [False] * 4, [False] * 5 + [True] * 2 + [False] * 3  # 5 won, 1 lost
-    result = at.paired_gain(probabilities_of(first, data), probabilities_of(second, data), data)
+    first, second = (
+        [True] * 6 + [False] * 4,
+        [False] * 5 + [True] * 2 + [False] * 3,
+    )  # 5 won, 1 lost
+    labels = data.truth("test")
+    result = at.paired_gain(probabilities_of(first, data), probabilities_of(second, data), labels)
     assert result["gain"] == pytest.approx(0.4)
     tosses = list(itertools.product((0, 1), repeat=6))
-    assert result["gain_chance"] == pytest.approx(np.mean([abs(sum(toss) - 3) >= 2 for toss in tosses]))
-    same = at.paired_gain(probabilities_of(first, data), probabilities_of(first, data), data)
+    assert result["gain_chance"] == pytest.approx(
+        np.mean([abs(sum(toss) - 3) >= 2 for toss in tosses])
+    )
+    same = at.paired_gain(probabilities_of(first, data), probabilities_of(first, data), labels)
     assert same == dict(gain=0.0, gain_interval=[0.0, 0.0], gain_chance=1.0)
 
 
@@ -59,9 +76,12 @@ def test_a_paired_interval_is_narrower_than_two_independent_ones_and_that_of_a_b
     data, random = random_data(count=1200), np.random.default_rng(1)  # 300 to test on
     first = random.random(300) < 0.8
     second = first ^ (random.random(300) < 0.05)  # agrees on 95 %
-    result = at.paired_gain(*(probabilities_of(list(right), data) for right in (first, second)), data)
+    answers = [probabilities_of(list(right), data) for right in (first, second)]
+    result = at.paired_gain(*answers, data.truth("test"))
     difference = first.astype(float) - second
-    wanted = np.quantile([difference[random.integers(0, 300, 300)].mean() for _ in range(4000)], [0.025, 0.975])
+    wanted = np.quantile(
+        [difference[random.integers(0, 300, 300)].mean() for _ in range(4000)], [0.025, 0.975]
+    )
     assert result["gain_interval"] == pytest.approx(wanted, abs=0.006)
     unpaired = math.sqrt(first.var() / 300 + second.var() / 300)
     assert np.diff(result["gain_interval"])[0] < 0.6 * 2 * 1.96 * unpaired
@@ -77,24 +97,35 @@ def test_the_crossed_interval_covers_the_truth_and_sees_both_seeds_and_images():
     assert np.mean(covered) > 0.9
     images_only = np.tile(np.array([1.0] * 10 + [0.0] * 90), (3, 1))
     change, (low, high) = at.crossed_interval(images_only)
-    assert change == pytest.approx(0.1) and high - low == pytest.approx(2 * 1.984 * math.sqrt(0.0909 / 100), rel=0.02)
+    assert change == pytest.approx(0.1) and high - low == pytest.approx(
+        2 * 1.984 * math.sqrt(0.0909 / 100), rel=0.02
+    )
     seeds_only = np.array([0.0, 1.0, 0.5])[:, None] * np.ones((1, 50))
     _, (low, high) = at.crossed_interval(seeds_only)
-    assert high - low == pytest.approx(2 * 4.303 * 0.5 / math.sqrt(3), rel=0.03)  # Student's t with two degrees of freedom
+    assert high - low == pytest.approx(
+        2 * 4.303 * 0.5 / math.sqrt(3), rel=0.03
+    )  # Student's t with two degrees of freedom
     assert at.crossed_interval(np.zeros((3, 50))) == (0.0, [0.0, 0.0])
 
 
-def fake_run(share_right: float, data: at.Data, seconds: float, memory: int | None, seed: int) -> dict:
+def fake_run(
+    share_right: float, data: at.Data, seconds: float, memory: int | None, seed: int
+) -> dict:
     right = np.random.default_rng(seed).permutation(100) < 100 * share_right
     return dict(final=probabilities_of(list(right), data), spent=seconds, memory=memory)
 
 
-@pytest.mark.parametrize(("on", "off", "verdict"), [(0.9, 0.5, "helps"), (0.5, 0.9, "hurts"), (0.8, 0.8, "no clear effect")])
+@pytest.mark.parametrize(
+    ("on", "off", "verdict"),
+    [(0.9, 0.5, "helps"), (0.5, 0.9, "hurts"), (0.8, 0.8, "no clear effect")],
+)
 def test_a_row_of_the_ledger_says_what_happened(on, off, verdict):
     data = random_data(count=400)
-    runs = [[fake_run(share, data, seconds, memory, seed) for seed in range(3)] for share, seconds, memory in
-            ((on, 10.0, 300), (off, 40.0, 600))]
-    row = at.ledger_row("a technique", *runs, data)
+    runs = [
+        [fake_run(share, data, seconds, memory, seed) for seed in range(3)]
+        for share, seconds, memory in ((on, 10.0, 300), (off, 40.0, 600))
+    ]
+    row = at.ledger_row("a technique", *runs, data.truth("test"))
     assert row["verdict"] == verdict and row["change"] == pytest.approx(on - off)
     assert row["time_ratio"] == 0.25 and row["memory_ratio"] == 0.5
     assert row["interval"][0] <= row["change"] <= row["interval"][1]
@@ -103,13 +134,24 @@ def test_a_row_of_the_ledger_says_what_happened(on, off, verdict):
 def test_the_ablation_prints_a_ledger_and_reuses_what_was_trained(script, tmp_path):
     torch.manual_seed(0)
     torch.save(at.timm.create_model("test_resnet").state_dict(), tmp_path / "test_resnet.pth")
-    arguments = ["--dataset=shapes", "--architectures=test_resnet", f"--pretrained={tmp_path}", f"--data-dir={tmp_path}",
-                 "--ablation=true", "--ablation-seeds=2"]
+    arguments = [
+        "--dataset=shapes",
+        "--architectures=test_resnet",
+        f"--pretrained={tmp_path}",
+        f"--data-dir={tmp_path}",
+        "--ablation=true",
+        "--ablation-seeds=2",
+    ]
     results, output = run(script, tmp_path / "out", *arguments)
     rows = {row["technique"]: row for row in results["ablation"]}
     assert set(rows) == {*at.TECHNIQUES, "all of these together", "soft vote of 2 seeds"}
     measured = [name for name, row in rows.items() if not row["why"]]
-    assert {"gradient accumulation", "cosine annealing", "gradual unfreezing", "test-time augmentation"} <= set(measured)
+    assert {
+        "gradient accumulation",
+        "cosine annealing",
+        "gradual unfreezing",
+        "test-time augmentation",
+    } <= set(measured)
     for name in measured:
         row = rows[name]
         assert row["interval"][0] <= row["change"] <= row["interval"][1] and row["time_ratio"] > 0
@@ -117,39 +159,72 @@ def test_the_ablation_prints_a_ledger_and_reuses_what_was_trained(script, tmp_pa
     model = results["models"][0]
     assert "Ablation" in output and (tmp_path / "out" / "ablation.png").is_file()
     kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
-    assert "ablation_without_cosine_annealing_2.pt" in kept and "ablation_everything_1.pt" not in kept
-    (tmp_path / "out" / "checkpoints" / "ablation_nothing_2.pt").unlink()  # as if interrupted in the last training
+    assert (
+        "ablation_without_cosine_annealing_2.pt" in kept and "ablation_everything_1.pt" not in kept
+    )
+    (
+        tmp_path / "out" / "checkpoints" / "ablation_nothing_2.pt"
+    ).unlink()  # as if interrupted in the last training
     again, output = run(script, tmp_path / "out", *arguments, "--resume=true")
-    assert output.count("epoch   1/4") == 1 and output.count("holds the finished model") == len(kept) - 1
+    assert (
+        output.count("epoch   1/4") == 1
+        and output.count("holds the finished model") == len(kept) - 1
+    )
     assert again["models"][0]["test_accuracy"] == model["test_accuracy"]
     clock = ("time_ratio", "memory_ratio")
-    assert [{key: value for key, value in row.items() if key not in clock} for row in results["ablation"]] == [
-        {key: value for key, value in row.items() if key not in clock} for row in again["ablation"]]
+    assert [
+        {key: value for key, value in row.items() if key not in clock}
+        for row in results["ablation"]
+    ] == [
+        {key: value for key, value in row.items() if key not in clock} for row in again["ablation"]
+    ]
 
 
 def test_the_first_run_is_the_first_seed_of_everything_on(monkeypatch):
     """The ablation must train exactly what it says: flags, seeds and split per run."""
     trained, data = [], random_data(count=400)
 
-    def record(model, data, flags, keep):
-        trained.append((model.name, model.seed, {name: value for name, value in vars(flags).items()
-                                                 if value != vars(base)[name]}))
-        return finished(model.seed)
+    def record(run, data, keep):
+        assert not keep
+        changed = {
+            name: value for name, value in vars(run.flags).items() if value != vars(base)[name]
+        }
+        trained.append((run.name, run.seed, changed))
+        return finished(run.seed)
 
     def finished(seed):
         answer = probabilities_of([index < 70 for index in range(100)], data)
-        entry = dict(seconds=10.0, plain_seconds=1.0, tta_seconds=4.0, peak_memory_bytes=None, precision="bfloat16",
-                     precision_why="", epochs=[dict(stage=4)])
-        return dict(entry=entry, plain=answer, averaged=answer)
+        entry = dict(
+            seconds=10.0,
+            plain_seconds=1.0,
+            tta_seconds=4.0,
+            peak_memory_bytes=None,
+            precision="bfloat16",
+            precision_why="",
+            epochs=[dict(stage=4)],
+        )
+        return at.Tested(entry, answer, answer)
 
     base = quick_flags(ARCHITECTURES=("test_resnet",), ABLATION_SEEDS=2, SEED=5)
-    monkeypatch.setattr(at, "run_model", record)
-    rows = at.ablate(at.Weights("test_resnet", "", None), data, finished(5), base, CPU)
-    everything_off = dict(USE_MIXED_PRECISION=False, GRADIENT_ACCUMULATION_STEPS=1, USE_COSINE_SCHEDULE=False,
-                          GRADUAL_UNFREEZING=False, USE_TTA=False)
-    wanted = [("mixed_precision", dict(USE_MIXED_PRECISION=False)),
-              ("gradient_accumulation", dict(GRADIENT_ACCUMULATION_STEPS=1)),
-              ("cosine_annealing", dict(USE_COSINE_SCHEDULE=False)), ("gradual_unfreezing", dict(GRADUAL_UNFREEZING=False))]
+    monkeypatch.setattr(at, "train_and_test", record)
+    weights = at.Weights("test_resnet", "", {})
+    monkeypatch.setattr(
+        at, "new_network", lambda name, classes, *_: at.timm.create_model(name, num_classes=classes)
+    )
+    rows = at.ablate(at.Job(base, CPU, data, weights=[weights], tested=[finished(5)]))
+    everything_off = dict(
+        USE_MIXED_PRECISION=False,
+        GRADIENT_ACCUMULATION_STEPS=1,
+        USE_COSINE_SCHEDULE=False,
+        GRADUAL_UNFREEZING=False,
+        USE_TTA=False,
+    )
+    wanted = [
+        ("mixed_precision", dict(USE_MIXED_PRECISION=False)),
+        ("gradient_accumulation", dict(GRADIENT_ACCUMULATION_STEPS=1)),
+        ("cosine_annealing", dict(USE_COSINE_SCHEDULE=False)),
+        ("gradual_unfreezing", dict(GRADUAL_UNFREEZING=False)),
+    ]
     expected = []
     for seed in (1, 2):
         expected += [(f"ablation_everything_{seed}", 4 + seed, {})] * (seed > 1)
@@ -161,17 +236,46 @@ def test_the_first_run_is_the_first_seed_of_everything_on(monkeypatch):
 
 
 def healthy() -> dict:
-    """Results about which there is nothing to say; the tests below make one thing wrong at a time."""
-    epochs = [dict(epoch=epoch + 1, stage=epoch // 5 + 1, validation_accuracy=0.8 + 0.002 * epoch, train_accuracy=0.9,
-                   validation_loss=0.6 - 0.01 * epoch, loss_scale=65536.0, waiting_seconds=0.1, seconds=10.0)
-              for epoch in range(20)]
-    models = [dict(name=name, stands_in_for=None, precision="float16", precision_why="FP16.", epochs=epochs, test_accuracy=0.9,
-                   tta_gain=0.01, tta_gain_interval=[0.001, 0.02]) for name in ("first", "second")]
-    speed = dict(double_batch_images_per_second=110.0, images_per_second_all_layers=100.0, mixed_images_per_second=100.0,
-                 fp32_images_per_second=50.0)
-    return dict(models=models, speed=dict(first=speed, second=dict(speed)), flags=at.FLAGS,
-                ensemble=dict(accuracy=0.92, gain_interval=[0.01, 0.03], shared_errors=0.4),
-                classes=[dict(name=f"class {index}", images=100, errors=10) for index in range(4)])
+    """Results about which there is nothing to say; tests make one thing wrong at a time."""
+    epochs = [
+        dict(
+            epoch=epoch + 1,
+            stage=epoch // 5 + 1,
+            validation_accuracy=0.8 + 0.002 * epoch,
+            train_accuracy=0.9,
+            validation_loss=0.6 - 0.01 * epoch,
+            loss_scale=65536.0,
+            waiting_seconds=0.1,
+            seconds=10.0,
+        )
+        for epoch in range(20)
+    ]
+    models = [
+        dict(
+            name=name,
+            stands_in_for=None,
+            precision="float16",
+            precision_why="FP16.",
+            epochs=epochs,
+            test_accuracy=0.9,
+            tta_gain=0.01,
+            tta_gain_interval=[0.001, 0.02],
+        )
+        for name in ("first", "second")
+    ]
+    speed = dict(
+        double_batch_images_per_second=110.0,
+        images_per_second_all_layers=100.0,
+        mixed_images_per_second=100.0,
+        fp32_images_per_second=50.0,
+    )
+    return dict(
+        models=models,
+        speed=dict(first=speed, second=dict(speed)),
+        flags=at.FLAGS,
+        ensemble=dict(accuracy=0.92, gain_interval=[0.01, 0.03], shared_errors=0.4),
+        classes=[dict(name=f"class {index}", images=100, errors=10) for index in range(4)],
+    )
 
 
 def change_epochs(results, change):
@@ -180,22 +284,54 @@ def change_epochs(results, change):
 
 
 FINDINGS = {
-    "waited for images": lambda results: change_epochs(results, lambda entry: dict(waiting_seconds=2.0)),
-    "don't fill the device": lambda results: results["speed"]["first"].update(double_batch_images_per_second=140.0),
-    "mixed precision brings nothing here (": lambda results: results["speed"]["first"].update(fp32_images_per_second=99.0),
+    "waited for images": lambda results: change_epochs(
+        results, lambda entry: dict(waiting_seconds=2.0)
+    ),
+    "don't fill the device": lambda results: results["speed"]["first"].update(
+        double_batch_images_per_second=140.0
+    ),
+    "mixed precision brings nothing here (": lambda results: results["speed"]["first"].update(
+        fp32_images_per_second=99.0
+    ),
     "mixed precision brings nothing here. This CPU": lambda results: (
-        results["models"][0].update(precision="float32", precision_why="This CPU has no units for 16 bits."),
-        results["speed"]["first"].update(mixed_images_per_second=None)),
-    "loss scale keeps falling": lambda results: change_epochs(results, lambda entry: dict(loss_scale=2.0 ** -entry["epoch"])),
-    "overfits": lambda results: change_epochs(results, lambda entry: dict(
-        validation_loss=0.5 + 0.01 * entry["epoch"], train_accuracy=0.99, validation_accuracy=0.7 + 0.001 * entry["epoch"])),
-    "underfits": lambda results: change_epochs(results, lambda entry: dict(
-        train_accuracy=0.3 + 0.02 * entry["epoch"], validation_accuracy=0.3 + 0.02 * entry["epoch"])),
-    "stage 3 brought no": lambda results: change_epochs(results, lambda entry: dict(
-        validation_accuracy={1: 0.8, 2: 0.85, 3: 0.84, 4: 0.88}[entry["stage"]], train_accuracy=0.95)),
-    "TTA hurts": lambda results: results["models"][0].update(tta_gain=-0.02, tta_gain_interval=[-0.03, -0.01]),
-    "ensemble does not clearly help": lambda results: results["ensemble"].update(gain_interval=[-0.01, 0.01]),
-    "Class class 2 carries": lambda results: results["classes"][2].update(errors=60)}
+        results["models"][0].update(
+            precision="float32", precision_why="This CPU has no units for 16 bits."
+        ),
+        results["speed"]["first"].update(mixed_images_per_second=None),
+    ),
+    "loss scale keeps falling": lambda results: change_epochs(
+        results, lambda entry: dict(loss_scale=2.0 ** -entry["epoch"])
+    ),
+    "overfits": lambda results: change_epochs(
+        results,
+        lambda entry: dict(
+            validation_loss=0.5 + 0.01 * entry["epoch"],
+            train_accuracy=0.99,
+            validation_accuracy=0.7 + 0.001 * entry["epoch"],
+        ),
+    ),
+    "underfits": lambda results: change_epochs(
+        results,
+        lambda entry: dict(
+            train_accuracy=0.3 + 0.02 * entry["epoch"],
+            validation_accuracy=0.3 + 0.02 * entry["epoch"],
+        ),
+    ),
+    "stage 3 brought no": lambda results: change_epochs(
+        results,
+        lambda entry: dict(
+            validation_accuracy={1: 0.8, 2: 0.85, 3: 0.84, 4: 0.88}[entry["stage"]],
+            train_accuracy=0.95,
+        ),
+    ),
+    "TTA hurts": lambda results: results["models"][0].update(
+        tta_gain=-0.02, tta_gain_interval=[-0.03, -0.01]
+    ),
+    "ensemble does not clearly help": lambda results: results["ensemble"].update(
+        gain_interval=[-0.01, 0.01]
+    ),
+    "Class class 2 carries": lambda results: results["classes"][2].update(errors=60),
+}
 
 
 def test_nothing_is_said_where_nothing_is_wrong():
@@ -208,7 +344,9 @@ def test_each_finding_is_made_where_it_applies_and_names_a_flag(finding):
     FINDINGS[finding](results)
     found = at.diagnose(results)
     assert len(found) == 1 and finding in found[0], found
-    assert any(name in found[0] or "--" + name.lower().replace("_", "-") in found[0] for name in at.FLAGS)
+    assert any(
+        name in found[0] or "--" + name.lower().replace("_", "-") in found[0] for name in at.FLAGS
+    )
 
 
 def test_what_several_models_share_is_said_once():
@@ -218,8 +356,7 @@ def test_what_several_models_share_is_said_once():
 
 
 def test_waiting_is_measured_where_images_come_slowly(monkeypatch, tiny):
-    data, flags = random_data(), quick_flags(NUM_EPOCHS=1)
-    tiny.network.num_features = 6
+    data = random_data()
 
     class Slow(torch.Tensor):
         def __getitem__(self, index):
@@ -227,10 +364,12 @@ def test_waiting_is_measured_where_images_come_slowly(monkeypatch, tiny):
             return super().__getitem__(index).as_subclass(torch.Tensor)
 
     data.images = data.images.as_subclass(Slow)
-    entry = at.train_epoch(tiny, data, 0, at.make_optimizer(tiny, flags), at.make_scaler(CPU, None), None, flags)
+    entry = at.train_epoch(tiny, data, 0)
     assert 0.15 <= entry["waiting_seconds"] <= entry["seconds"]
 
 
 def test_numbers_of_two_equal_runs_are_compared_without_the_clock():
     first = dict(seconds=1.0, accuracy=0.5, nested=[dict(plain_seconds=2.0, loss=1.0)])
-    assert numbers(first) == dict(accuracy=0.5, nested=[dict(loss=1.0)]) and json.dumps(numbers(first))
+    assert numbers(first) == dict(accuracy=0.5, nested=[dict(loss=1.0)]) and json.dumps(
+        numbers(first)
+    )

@@ -1,4 +1,4 @@
-"""--predict: what was trained classifies an image or a folder, by the vote that the run measured."""
+"""--predict: what was trained classifies images, by the vote that the run measured."""
 
 import csv
 import hashlib
@@ -23,7 +23,7 @@ CLASSES = ("cat", "dog", "owl")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Networks as small as these lose more than they gain by a second thread, above all beside another process."""
+    """Networks as small as these lose more than they gain by a second thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,30 +32,63 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run on a tiny folder: its output folder, the paths of its test images, and each model's probabilities."""
+    """A finished run on a tiny folder: its OUTPUT_DIR, test images, and probabilities."""
     place = tmp_path_factory.mktemp("run")
     folder = make_folder(place / "pets", count=30)
-    arguments = ["--dataset", str(folder), "--architectures", ",".join(NAMES), "--pretrained", "none", "--image-size", "32",
-                 "--num-epochs", "4", "--batch-size", "16", "--gradient-accumulation-steps", "1",
-                 "--output-dir", str(place / "out"), "--data-dir", str(place / "data")]
+    arguments = [
+        "--dataset",
+        str(folder),
+        "--architectures",
+        ",".join(NAMES),
+        "--pretrained",
+        "none",
+        "--image-size",
+        "32",
+        "--num-epochs",
+        "4",
+        "--batch-size",
+        "16",
+        "--gradient-accumulation-steps",
+        "1",
+        "--output-dir",
+        str(place / "out"),
+        "--data-dir",
+        str(place / "data"),
+    ]
     at.main(arguments)
     flags = at.small_profile(at.read_flags(arguments), CPU)
     source, _ = at.find_source(flags)
     chosen = at.split(source, flags.TRAIN_IMAGES, flags.TEST_IMAGES, flags.SEED)["test"]
     paths = [path for name in source.classes for path in sorted((folder / name).iterdir())]
-    measured = [torch.load(place / "out" / "checkpoints" / f"{name}.pt")["finished"]["averaged"].numpy() for name in NAMES]
-    assert np.abs(measured[0] - measured[1]).max() > 0.05  # else a test could not tell one model from the vote
+    measured = [
+        torch.load(place / "out" / "checkpoints" / f"{name}.pt")["finished"]["averaged"].numpy()
+        for name in NAMES
+    ]
+    assert (
+        np.abs(measured[0] - measured[1]).max() > 0.05
+    )  # else a test could not tell one model from the vote
     return place / "out", [paths[index] for index in chosen], measured
 
 
 @pytest.fixture
 def run_folder(trained, tmp_path) -> Path:
     """A copy of the run's output folder, to be changed."""
-    return Path(shutil.copytree(trained[0], tmp_path / "out", ignore=shutil.ignore_patterns("*.png")))
+    return Path(
+        shutil.copytree(trained[0], tmp_path / "out", ignore=shutil.ignore_patterns("*.png"))
+    )
 
 
 def predict(target: Path, output: Path) -> None:
-    at.main(["--predict", str(target), "--output-dir", str(output), "--data-dir", str(output.parent / "data")])
+    at.main(
+        [
+            "--predict",
+            str(target),
+            "--output-dir",
+            str(output),
+            "--data-dir",
+            str(output.parent / "data"),
+        ]
+    )
 
 
 def refusal(capsys, target: Path, output: Path) -> str:
@@ -68,38 +101,55 @@ def refusal(capsys, target: Path, output: Path) -> str:
 
 
 def printed(line: str) -> tuple[str, dict[str, float]]:
-    """The path and the classes with their probabilities of a line such as "cat.png: cat 90.1%, dog 9.9%"."""
+    """The path, the classes and their probabilities of a line: "cat.png: cat 90.1%, dog 9.9%"."""
     path, _, answer = line.rpartition(": ")
-    return path, {name: float(share) / 100 for name, share in re.findall(r"(\w+) ([\d.]+)%", answer)}
+    return path, {
+        name: float(share) / 100 for name, share in re.findall(r"(\w+) ([\d.]+)%", answer)
+    }
 
 
 def contents(folder: Path) -> list[tuple]:
-    return sorted((str(path), path.lstat().st_mtime_ns, hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else "")
-                  for path in (folder, *folder.rglob("*")))
+    return sorted(
+        (
+            str(path),
+            path.lstat().st_mtime_ns,
+            hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else "",
+        )
+        for path in (folder, *folder.rglob("*"))
+    )
 
 
 def rows(output: Path) -> dict[str, dict[str, float]]:
     """predictions.csv: for each path its classes with their probabilities, best first."""
     with (output / "predictions.csv").open(newline="") as stream:
         header, *lines = csv.reader(stream)
-    assert header == ["path", *(f"{kind}_{place}" for place in (1, 2, 3) for kind in ("class", "probability"))]
+    assert header == [
+        "path",
+        *(f"{kind}_{place}" for place in (1, 2, 3) for kind in ("class", "probability")),
+    ]
     assert len({line[0] for line in lines}) == len(lines)
     return {line[0]: dict(zip(line[1::2], map(float, line[2::2]), strict=True)) for line in lines}
 
 
 def agrees(answer: dict[str, float], wanted: np.ndarray, tolerance: float = 0.002) -> bool:
-    assert list(answer) == [CLASSES[index] for index in np.argsort(-wanted)] or np.diff(np.sort(wanted)).min() < tolerance
+    assert (
+        list(answer) == [CLASSES[index] for index in np.argsort(-wanted)]
+        or np.diff(np.sort(wanted)).min() < tolerance
+    )
     return set(answer) == set(CLASSES) and all(
-        abs(answer[name] - share) < tolerance for name, share in zip(CLASSES, wanted, strict=True))
+        abs(answer[name] - share) < tolerance for name, share in zip(CLASSES, wanted, strict=True)
+    )
 
 
 @pytest.mark.parametrize("which", [0, 7, -1])
 def test_one_image_gets_the_soft_vote_that_the_run_measured(which, trained, run_folder, capsys):
     _, paths, measured = trained
     predict(paths[which], run_folder)
-    line, = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().out.splitlines()
     path, answer = printed(line)
-    assert path == str(paths[which]) and agrees(answer, (measured[0][which] + measured[1][which]) / 2)
+    assert path == str(paths[which]) and agrees(
+        answer, (measured[0][which] + measured[1][which]) / 2
+    )
     assert not agrees(answer, measured[0][which]) and not (run_folder / "predictions.csv").exists()
 
 
@@ -111,15 +161,23 @@ def test_the_vote_by_hand_with_plain_timm_and_pillow(trained, run_folder, capsys
     votes = []
     for name in NAMES:
         saved = torch.load(run_folder / "checkpoints" / f"{name}.pt")
-        network = at.timm.create_model(name, num_classes=3, **(dict(img_size=32) if name == "test_vit" else {})).eval()
+        network = at.timm.create_model(
+            name, num_classes=3, **(dict(img_size=32) if name == "test_vit" else {})
+        ).eval()
         network.load_state_dict(saved["state_dict"])
         settings = at.timm.get_pretrained_cfg(name)
         side = saved["stored_size"]
-        image = at.ImageOps.fit(Image.open(paths[3]).convert("RGB"), (side, side), Image.Resampling.BILINEAR)
+        image = at.ImageOps.fit(
+            Image.open(paths[3]).convert("RGB"), (side, side), Image.Resampling.BILINEAR
+        )
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
-        pixels = (pixels - torch.tensor(settings.mean)[:, None, None]) / torch.tensor(settings.std)[:, None, None]
+        pixels = (pixels - torch.tensor(settings.mean)[:, None, None]) / torch.tensor(settings.std)[
+            :, None, None
+        ]
         for zoom in (1, 1.1):
-            middle = torch.linspace(-1, 1, 2 * 32 + 1)[1::2] * 32 / side / zoom  # centres of the 32 pixels
+            middle = (
+                torch.linspace(-1, 1, 2 * 32 + 1)[1::2] * 32 / side / zoom
+            )  # centres of the 32 pixels
             grid = torch.stack(torch.meshgrid(middle, middle, indexing="xy"), -1)[None]
             seen = torch.nn.functional.grid_sample(pixels, grid, align_corners=False)
             with torch.no_grad():
@@ -148,7 +206,9 @@ def test_a_folder_gets_a_table_and_stays_as_it_was(trained, run_folder, tmp_path
     assert set(table) == {*wanted, *(str(folder / f"grey {number}.png") for number in range(8))}
     assert all(agrees(table[path], shares) for path, shares in wanted.items())
     assert all(sum(answer.values()) == pytest.approx(1, abs=2e-4) for answer in table.values())
-    assert all(list(answer.values()) == sorted(answer.values(), reverse=True) for answer in table.values())
+    assert all(
+        list(answer.values()) == sorted(answer.values(), reverse=True) for answer in table.values()
+    )
     assert contents(folder) == before
     for name in ("notes.txt", "deeper/empty.jpg"):
         assert sum(line.count(str(folder / name)) > 0 for line in captured.err.splitlines()) == 1
@@ -161,13 +221,18 @@ def test_a_folder_gets_a_table_and_stays_as_it_was(trained, run_folder, tmp_path
 
 
 @pytest.mark.parametrize("best", [0, 1])
-def test_without_the_ensemble_the_best_model_by_validation_answers_alone(best, trained, run_folder, capsys):
+def test_without_the_ensemble_the_best_model_by_validation_answers_alone(
+    best, trained, run_folder, capsys
+):
     _, paths, measured = trained
     file = run_folder / "results.json"
     results = json.loads(file.read_text())
     results["flags"]["USE_ENSEMBLE"] = False
     for index, model in enumerate(results["models"]):
-        model["validation_accuracy"], model["test_accuracy"] = 0.5 + 0.1 * (index == best), 0.9 - 0.1 * (index == best)
+        model["validation_accuracy"], model["test_accuracy"] = (
+            0.5 + 0.1 * (index == best),
+            0.9 - 0.1 * (index == best),
+        )
     file.write_text(json.dumps(results))
     predict(paths[0], run_folder)
     answer = printed(capsys.readouterr().out.strip())[1]
@@ -180,7 +245,9 @@ def test_a_model_that_was_interrupted_does_not_vote(ensemble, trained, run_folde
     file = run_folder / "results.json"
     results = json.loads(file.read_text())
     results["flags"]["USE_ENSEMBLE"] = ensemble
-    results["models"][1] |= dict(test_accuracy=None, test_loss=None, tta_accuracy=None, validation_accuracy=1.0)
+    results["models"][1] |= dict(
+        test_accuracy=None, test_loss=None, tta_accuracy=None, validation_accuracy=1.0
+    )
     file.write_text(json.dumps(results))
     predict(paths[0], run_folder)
     assert agrees(printed(capsys.readouterr().out.strip())[1], measured[0][0])
@@ -196,17 +263,27 @@ def test_without_views_only_the_plain_one_votes(trained, run_folder, capsys):
     results["flags"]["USE_TTA"] = False
     file.write_text(json.dumps(results))
     predict(paths[0], run_folder)
-    plain = [torch.load(run_folder / "checkpoints" / f"{name}.pt")["finished"]["plain"][0].numpy() for name in NAMES]
+    plain = [
+        torch.load(run_folder / "checkpoints" / f"{name}.pt")["finished"]["plain"][0].numpy()
+        for name in NAMES
+    ]
     assert agrees(printed(capsys.readouterr().out.strip())[1], (plain[0] + plain[1]) / 2)
 
 
 def test_nothing_trained_yet(trained, tmp_path, capsys):
     message = refusal(capsys, trained[1][0], tmp_path / "nowhere")
-    assert "PREDICT" in message and "Train first" in message and "results.json" in message and "--output-dir" in message
+    assert (
+        "PREDICT" in message
+        and "Train first" in message
+        and "results.json" in message
+        and "--output-dir" in message
+    )
     assert not (tmp_path / "nowhere").exists()  # a misspelt folder is not made
 
 
-def test_a_name_that_is_not_utf8_is_classified_like_any_other(trained, run_folder, tmp_path, capsys):
+def test_a_name_that_is_not_utf8_is_classified_like_any_other(
+    trained, run_folder, tmp_path, capsys
+):
     (tmp_path / "new").mkdir()
     try:
         shutil.copy(trained[1][0], tmp_path / "new" / os.fsdecode(b"caf\xe9.png"))
@@ -230,11 +307,23 @@ def test_nothing_to_classify(trained, run_folder, tmp_path, capsys):
     assert not (run_folder / "predictions.csv").exists()
 
 
-RESULTS = ["", "{", "[]", "null", "7", '"text"', "{}", '{"models": 3}', '{"models": null, "flags": {}}', '{"models": [{}]}',
-           '{"models": [], "flags": {}}', '{"models": ["resnet18"], "flags": {"USE_ENSEMBLE": true}}',
-           '{"models": [{"name": "test_vit", "test_accuracy": 1}], "flags": []}',
-           '{"models": [{"name": 5, "test_accuracy": 1}], "flags": {"USE_ENSEMBLE": true}}',
-           '{"models": [{"name": "other", "test_accuracy": 1}], "flags": {"USE_ENSEMBLE": true}}']
+RESULTS = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "7",
+    '"text"',
+    "{}",
+    '{"models": 3}',
+    '{"models": null, "flags": {}}',
+    '{"models": [{}]}',
+    '{"models": [], "flags": {}}',
+    '{"models": ["resnet18"], "flags": {"USE_ENSEMBLE": true}}',
+    '{"models": [{"name": "test_vit", "test_accuracy": 1}], "flags": []}',
+    '{"models": [{"name": 5, "test_accuracy": 1}], "flags": {"USE_ENSEMBLE": true}}',
+    '{"models": [{"name": "other", "test_accuracy": 1}], "flags": {"USE_ENSEMBLE": true}}',
+]
 
 
 @pytest.mark.parametrize("content", [*RESULTS, b"\xff\xfe\0", "half", "folder"])
@@ -245,8 +334,13 @@ def test_damaged_results_are_a_plain_message(content, trained, run_folder, capsy
     if content == "folder":
         file.mkdir()
     else:
-        file.write_bytes(whole[: len(whole) // 2] if content == "half" else content if isinstance(content, bytes) else
-                         content.encode())
+        file.write_bytes(
+            whole[: len(whole) // 2]
+            if content == "half"
+            else content
+            if isinstance(content, bytes)
+            else content.encode()
+        )
     message = refusal(capsys, trained[1][0], run_folder)
     assert "PREDICT" in message and str(run_folder) in message
 
@@ -256,25 +350,56 @@ def damaged_checkpoint(kind: str, file: Path) -> None:
     saved = torch.load(file)
     file.unlink()
     if kind in ("empty", "text", "half", "start", "zeros"):
-        file.write_bytes({"empty": b"", "text": b"not a checkpoint", "half": content[: len(content) // 2],
-                          "start": b"\0" * 100 + content[100:], "zeros": b"\0" * len(content)}[kind])
+        file.write_bytes(
+            {
+                "empty": b"",
+                "text": b"not a checkpoint",
+                "half": content[: len(content) // 2],
+                "start": b"\0" * 100 + content[100:],
+                "zeros": b"\0" * len(content),
+            }[kind]
+        )
     elif kind == "folder":
         file.mkdir()
     elif kind != "gone":
         state = saved["state_dict"]
         changes = dict(
-            no_dictionary=[1, 2], nothing={}, weights_only=state,
+            no_dictionary=[1, 2],
+            nothing={},
+            weights_only=state,
             other_model=saved | dict(architecture=NAMES[file.stem == NAMES[0]]),
-            unknown_model=saved | dict(architecture="no_such_model"), fewer_classes=saved | dict(classes=["cat", "dog"]),
+            unknown_model=saved | dict(architecture="no_such_model"),
+            fewer_classes=saved | dict(classes=["cat", "dog"]),
             other_classes=saved | dict(classes=["oak", "elm", "ash"]),
-            lost_layer=saved | dict(state_dict=dict(list(state.items())[:-1])), no_weights=saved | dict(state_dict={}),
-            no_size={key: value for key, value in saved.items() if key != "stored_size"})
+            lost_layer=saved | dict(state_dict=dict(list(state.items())[:-1])),
+            no_weights=saved | dict(state_dict={}),
+            no_size={key: value for key, value in saved.items() if key != "stored_size"},
+        )
         torch.save(changes[kind], file)
 
 
-@pytest.mark.parametrize("kind", ["gone", "empty", "text", "half", "start", "zeros", "folder", "no_dictionary", "nothing",
-                                  "weights_only", "other_model", "unknown_model", "fewer_classes", "other_classes",
-                                  "lost_layer", "no_weights", "no_size"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "gone",
+        "empty",
+        "text",
+        "half",
+        "start",
+        "zeros",
+        "folder",
+        "no_dictionary",
+        "nothing",
+        "weights_only",
+        "other_model",
+        "unknown_model",
+        "fewer_classes",
+        "other_classes",
+        "lost_layer",
+        "no_weights",
+        "no_size",
+    ],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_damaged_checkpoint_is_a_plain_message(kind, name, trained, run_folder, capsys):
     damaged_checkpoint(kind, run_folder / "checkpoints" / f"{name}.pt")
@@ -282,8 +407,10 @@ def test_a_damaged_checkpoint_is_a_plain_message(kind, name, trained, run_folder
     assert "PREDICT" in message and str(run_folder) in message
 
 
-def test_models_of_another_run_do_not_answer_under_this_runs_name(trained, run_folder, tmp_path, capsys):
-    """A second run in the same folder that was killed early: results.json is still the first run's."""
+def test_models_of_another_run_do_not_answer_under_this_runs_name(
+    trained, run_folder, tmp_path, capsys
+):
+    """A second run there that was killed early: results.json is still the first run's."""
     file = run_folder / "checkpoints" / f"{NAMES[0]}.pt"
     saved = torch.load(file)
     del saved["finished"]

@@ -1,4 +1,4 @@
-"""Interruption: a run that is killed at any moment goes on and ends in the same numbers; Ctrl-C ends cleanly."""
+"""Interruption: a run killed at any moment ends in the same numbers; Ctrl-C ends cleanly."""
 
 import json
 import os
@@ -11,25 +11,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU, model_of, quick_flags, random_data
+from conftest import CPU, in_precision, quick_flags, random_data, run_of
 from test_end_to_end import numbers
 
 import advanced_techniques as at
 
-# Imports the script once and forks a child for each run, which saves the seconds that importing PyTorch takes.
+# Imports the script once and forks a child for each run: importing PyTorch takes seconds.
 SERVER = """
-import json, os, signal, sys, traceback
+import io, json, os, signal, sys, time, traceback
 sys.path.insert(0, sys.argv[1])
 import advanced_techniques as at
-at.matrix_product_peak = lambda device, mixed: 1e12  # a second of every run, and nothing that resuming is about
 
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def die_at(call, function):
+def wait(*arguments, **options):
+    print("waiting for a signal", flush=True)
+    time.sleep(100)
+
+def end_at(call, function, end):
     def counted(*arguments, **options):
         counted.left -= 1
-        return (die if counted.left < 0 else function)(*arguments, **options)
+        return (end if counted.left < 0 else function)(*arguments, **options)
     counted.left = call
     return counted
 
@@ -37,7 +40,7 @@ def save_half(call, function):
     def counted(state, stream):
         counted.left -= 1
         if counted.left < 0:
-            whole = at.io.BytesIO()
+            whole = io.BytesIO()
             function(state, whole)
             stream.write(whole.getvalue()[: len(whole.getvalue()) // 2])
             stream.flush()
@@ -58,7 +61,8 @@ for line in sys.stdin:
             at.torch.save = save_half(call, at.torch.save)
         elif place:
             owner = at.Path if place == "replace" else at
-            setattr(owner, place, die_at(call, getattr(owner, place)))
+            end = wait if job["wait"] else die
+            setattr(owner, place, end_at(call, getattr(owner, place), end))
         try:
             at.main(job["arguments"])
         except SystemExit as stopped:
@@ -71,36 +75,64 @@ for line in sys.stdin:
         sys.stdout.flush()
         os._exit(0)
     print(child, flush=True)
-    sys.stdin.readline()  # until the test wants the end: a child that isn't waited for keeps its number
+    sys.stdin.readline()  # until the test wants the end: until then the child keeps its number
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def start(script, tmp_path_factory):
-    """Start a run: start(folder, resume, die) returns its process id, a function that waits for its end, its output."""
+    """start(folder, resume, die) gives a run's process id, a function that waits, its output.
+
+    die is where it kills itself: a function, and how many calls of it go well before. With wait it
+    prints a line there instead, and waits for a signal.
+    """
     shared = tmp_path_factory.mktemp("shared")
     for name in ("test_resnet", "test_efficientnet"):
-        torch.save(at.timm.create_model(name).state_dict(), shared / f"{name}.pth")  # "pretrained", so stages apply
-    server = subprocess.Popen([sys.executable, "-c", SERVER, str(script.parent)], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        torch.save(
+            at.timm.create_model(name).state_dict(), shared / f"{name}.pth"
+        )  # "pretrained", so stages apply
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(script.parent)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
-    def begin(folder, resume=False, die=None, **changes):
-        flags = dict(dataset="shapes", architectures="test_resnet,test_efficientnet", pretrained=shared, image_size=32,
-                     train_images=60, test_images=20, num_epochs=8, batch_size=8, gradient_accumulation_steps=2,
-                     output_dir=folder, data_dir=shared, resume=resume) | changes
+    def begin(folder, resume=False, die=None, wait=False, **changes):
+        flags = (
+            dict(
+                dataset="shapes",
+                architectures="test_resnet,test_efficientnet",
+                pretrained=shared,
+                image_size=32,
+                train_images=60,
+                test_images=20,
+                num_epochs=8,
+                batch_size=8,
+                gradient_accumulation_steps=2,
+                output_dir=folder,
+                data_dir=shared,
+                resume=resume,
+            )
+            | changes
+        )
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
         folder.mkdir(exist_ok=True)
-        server.stdin.write(json.dumps(dict(arguments=arguments, die=die, output=str(folder / "output.txt"))) + "\n")
+        job = dict(arguments=arguments, die=die, wait=wait, output=str(folder / "output.txt"))
+        server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         child = int(server.stdout.readline())
 
-        def wait():
+        def ended():
             server.stdin.write("\n")
             server.stdin.flush()
             return int(server.stdout.readline())
 
-        return SimpleNamespace(child=child, wait=wait, output=lambda: (folder / "output.txt").read_text())
+        return SimpleNamespace(
+            child=child, wait=ended, output=lambda: (folder / "output.txt").read_text()
+        )
 
     yield begin
     server.stdin.close()
@@ -123,19 +155,44 @@ def assert_same(folder, other):
         results["flags"].pop("RESUME")
     assert numbers(first) == numbers(second)
     for name in ("test_resnet", "test_efficientnet"):
-        states = [torch.load(place / "checkpoints" / f"{name}.pt", weights_only=True) for place in (folder, other)]
+        states = [
+            torch.load(place / "checkpoints" / f"{name}.pt", weights_only=True)
+            for place in (folder, other)
+        ]
         for kind in ("plain", "averaged"):
             assert torch.equal(*(state["finished"][kind] for state in states))
         left, right = (state["state_dict"] for state in states)
-        assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-    assert not list((other / "checkpoints").glob("*.tmp")) and not list((other / "checkpoints").glob("*.damaged"))
+        assert left.keys() == right.keys() and all(
+            torch.equal(left[key], right[key]) for key in left
+        )
+    assert not list((other / "checkpoints").glob("*.tmp")) and not list(
+        (other / "checkpoints").glob("*.damaged")
+    )
 
 
-# Eight epochs, two a stage, four updates an epoch, a save after each: a moment in each stage and of each kind.
-MOMENTS = [("train_epoch", 0), ("train_epoch", 3), ("train_epoch", 4), ("apply_update", 2), ("apply_update", 9),
-           ("apply_update", 18), ("apply_update", 30), ("validate", 5), ("save", 0), ("save", 1), ("save", 6), ("save", 8),
-           ("replace", 0), ("replace", 4), ("predict", 11), ("measure_speed", 0), ("train_epoch", 8), ("save", 12),
-           ("write_report", 0), ("plot_curves", 0)]
+# Eight epochs, two a stage, four updates an epoch, a save after each: moments of each kind.
+MOMENTS = [
+    ("train_epoch", 0),
+    ("train_epoch", 3),
+    ("train_epoch", 4),
+    ("apply_update", 2),
+    ("apply_update", 9),
+    ("apply_update", 18),
+    ("apply_update", 30),
+    ("validate", 5),
+    ("save", 0),
+    ("save", 1),
+    ("save", 6),
+    ("save", 8),
+    ("replace", 0),
+    ("replace", 4),
+    ("predict", 11),
+    ("measure_speed", 0),
+    ("train_epoch", 8),
+    ("save", 12),
+    ("write_report", 0),
+    ("plot_curves", 0),
+]
 
 
 @pytest.mark.parametrize("die", MOMENTS, ids=lambda die: f"{die[0]}-{die[1]}")
@@ -148,13 +205,14 @@ def test_a_run_killed_at_any_step_ends_in_the_same_numbers(start, whole, tmp_pat
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_killed_again_and_again_at_random_ends_in_the_same_numbers(start, whole, tmp_path, seed):
+def test_a_run_killed_again_and_again_at_random_ends_in_the_same_numbers(
+    start, whole, tmp_path, seed
+):
     moments, kills, folder = random.Random(seed), 0, tmp_path / "killed"
     while True:
-        run = start(folder, resume=True)
-        if kills < 8:
-            time.sleep(moments.uniform(0.05, 0.4) * whole[1])
-            os.kill(run.child, signal.SIGKILL)  # not yet waited for, so the number is still this child's
+        place, calls = moments.choice([("apply_update", 24), ("validate", 6), ("replace", 6)])
+        die = (place, moments.randrange(1, calls)) if kills < 8 else None
+        run = start(folder, resume=True, die=die)
         if run.wait() == 0:
             break
         kills += 1
@@ -165,7 +223,9 @@ def test_a_run_killed_again_and_again_at_random_ends_in_the_same_numbers(start, 
 
 def test_finished_models_are_not_trained_again(start, whole, tmp_path):
     folder = tmp_path / "killed"
-    assert start(folder, die=("train_epoch", 9)).wait() == -signal.SIGKILL  # in the second model's second epoch
+    assert (
+        start(folder, die=("train_epoch", 9)).wait() == -signal.SIGKILL
+    )  # in the second model's second epoch
     resumed = start(folder, resume=True)
     assert resumed.wait() == 0
     assert "test_resnet.pt holds the finished model" in resumed.output()
@@ -173,36 +233,46 @@ def test_finished_models_are_not_trained_again(start, whole, tmp_path):
     assert resumed.output().count("epoch   1/8") == 0 and resumed.output().count("epoch   2/8") == 1
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_a_partial_report(start, whole, tmp_path):
-    folder = tmp_path / "stopped"
-    run = start(folder)
-    while "efficientnet" not in (run.output() if (folder / "output.txt").exists() else "") or (
-            "epoch   2/8" not in run.output().partition("\ntest_efficientnet:")[2]):
+def interrupt(run, folder):
+    """Send Ctrl-C once the run says that it waits for it."""
+    while "waiting for a signal" not in (folder / "output.txt").read_text():
         time.sleep(0.01)
     os.kill(run.child, signal.SIGINT)
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_a_partial_report(start, whole, tmp_path):
+    folder = tmp_path / "stopped"
+    run = start(folder, die=("train_epoch", 10), wait=True)  # in the second model's third epoch
+    interrupt(run, folder)
     assert run.wait() == 130, run.output()
     output = run.output()
     assert "Traceback" not in output and "--resume true" in output and "PARTIAL REPORT" in output
     results = json.loads((folder / "results.json").read_text())
     finished, stopped = results["models"]
     assert finished["test_accuracy"] is not None and stopped["test_accuracy"] is None
-    assert 2 <= len(stopped["epochs"]) < 8 and results["ensemble"]["accuracy"] is None
+    assert len(stopped["epochs"]) == 2 and results["ensemble"]["accuracy"] is None
     resumed = start(folder, resume=True)
     assert resumed.wait() == 0
     assert_same(whole[0], folder)
 
 
 def test_ctrl_c_before_training_ends_with_code_130_too(start, tmp_path):
-    run = start(tmp_path / "stopped", train_images=12000)
-    time.sleep(1)
-    os.kill(run.child, signal.SIGINT)
+    run = start(tmp_path / "stopped", die=("load_data", 0), wait=True)
+    interrupt(run, tmp_path / "stopped")
     assert run.wait() == 130 and "Traceback" not in run.output()
 
 
-@pytest.mark.parametrize(("changes", "named"), [
-    (dict(base_learning_rate=0.001), "BASE_LEARNING_RATE was 0.004 and is 0.001"), (dict(image_size=40), "IMAGE_SIZE"),
-    (dict(seed=1), "SEED"), (dict(train_images=50), "TRAIN_IMAGES"), (dict(batch_size=4), "BATCH_SIZE"),
-    (dict(use_tta=False), "USE_TTA")])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (dict(base_learning_rate=0.001), "BASE_LEARNING_RATE was 0.004 and is 0.001"),
+        (dict(image_size=40), "IMAGE_SIZE"),
+        (dict(seed=1), "SEED"),
+        (dict(train_images=50), "TRAIN_IMAGES"),
+        (dict(batch_size=4), "BATCH_SIZE"),
+        (dict(use_tta=False), "USE_TTA"),
+    ],
+)
 def test_a_checkpoint_from_other_flags_is_refused_by_name(start, whole, changes, named):
     before = (whole[0] / "results.json").read_bytes()
     run = start(whole[0], resume=True, **changes)
@@ -210,20 +280,20 @@ def test_a_checkpoint_from_other_flags_is_refused_by_name(start, whole, changes,
     assert (whole[0] / "results.json").read_bytes() == before
 
 
-def saved_run(tmp_path, data=None, **changes):
-    """A checkpoint after two epochs of a small model: its file, the model, its data, its flags."""
-    flags = quick_flags(NUM_EPOCHS=2, OUTPUT_DIR=str(tmp_path), RESUME=True, **changes)
-    model, data, file = model_of("test_resnet"), data or random_data(), tmp_path / "checkpoints" / "test_resnet.pt"
-    at.train_model(model, data, None, flags, file)
-    return file, model, data, flags
+def saved_run(tmp_path):
+    """A checkpoint after two epochs of a small model: its file, the run, its data."""
+    run = run_of("test_resnet", NUM_EPOCHS=2, OUTPUT_DIR=str(tmp_path), RESUME=True)
+    data = random_data()
+    at.train_model(run, data)
+    return tmp_path / "checkpoints" / "test_resnet.pt", run, data
 
 
 def test_other_images_are_refused(tmp_path, capsys):
-    file, model, data, flags = saved_run(tmp_path)
-    assert at.read_checkpoint(file, model, data, flags)["epochs"] == model.epochs
+    _, run, data = saved_run(tmp_path)
+    assert at.read_checkpoint(run, data)["epochs"] == run.epochs
     data.fingerprint = 1
     with pytest.raises(SystemExit):
-        at.read_checkpoint(file, model, data, flags)
+        at.read_checkpoint(run, data)
     assert "checksum of the images" in capsys.readouterr().err
 
 
@@ -231,26 +301,34 @@ def test_the_fingerprint_tells_images_labels_and_splits_apart():
     def fingerprint(**changes):
         return at.load_data(quick_flags(DATASET="shapes", **changes), CPU)[0].fingerprint
 
-    assert fingerprint() == fingerprint() and len({fingerprint(), fingerprint(SEED=1), fingerprint(TRAIN_IMAGES=41)}) == 3
+    assert (
+        fingerprint() == fingerprint()
+        and len({fingerprint(), fingerprint(SEED=1), fingerprint(TRAIN_IMAGES=41)}) == 3
+    )
 
 
 def test_the_micro_batch_may_change_if_the_update_stays(tmp_path):
-    file, model, data, flags = saved_run(tmp_path)
-    flags.BATCH_SIZE, flags.GRADIENT_ACCUMULATION_STEPS = flags.BATCH_SIZE // 2, 2 * flags.GRADIENT_ACCUMULATION_STEPS
-    assert at.read_checkpoint(file, model, data, flags)
+    _, run, data = saved_run(tmp_path)
+    run.flags.BATCH_SIZE //= 2
+    run.flags.GRADIENT_ACCUMULATION_STEPS *= 2
+    assert at.read_checkpoint(run, data)
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "noise", "foreign"])
 def test_a_damaged_checkpoint_is_set_aside_and_said(tmp_path, capsys, damage):
-    file, model, data, flags = saved_run(tmp_path)
+    file, run, data = saved_run(tmp_path)
     content = file.read_bytes()
     noise = random.Random(0).randbytes(len(content))
     if damage == "foreign":
         torch.save(dict(weights=[1, 2, 3]), file)
     else:
         file.write_bytes(dict(empty=b"", half=content[: len(content) // 2], noise=noise)[damage])
-    assert at.read_checkpoint(file, model, data, flags) is None
-    assert "damaged" in capsys.readouterr().out and file.with_suffix(".damaged").is_file() and not file.exists()
+    assert at.read_checkpoint(run, data) is None
+    assert (
+        "damaged" in capsys.readouterr().out
+        and file.with_suffix(".damaged").is_file()
+        and not file.exists()
+    )
 
 
 def test_a_checkpoint_can_run_no_code(tmp_path):
@@ -258,13 +336,13 @@ def test_a_checkpoint_can_run_no_code(tmp_path):
         def __reduce__(self):
             return (pytest.fail, ("a checkpoint ran code",))
 
-    file, model, data, flags = saved_run(tmp_path)
+    file, run, data = saved_run(tmp_path)
     torch.save(dict(run=Trap()), file)
-    assert at.read_checkpoint(file, model, data, flags) is None
+    assert at.read_checkpoint(run, data) is None
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, capsys, monkeypatch):
-    file, model, data, flags = saved_run(tmp_path)
+    file, run, data = saved_run(tmp_path)
     content = file.read_bytes()
 
     def full(state, stream):
@@ -272,50 +350,57 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, capsys, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    model.epochs.clear()
+    run.epochs.clear()
     with pytest.raises(SystemExit) as stopped:
-        at.train_model(model, data, None, flags, file)
+        at.train_model(run, data)
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and "No space left" in message and "--output-dir" in message
-    assert file.read_bytes() == content and [path.name for path in file.parent.iterdir()] == [file.name]
+    assert file.read_bytes() == content and [path.name for path in file.parent.iterdir()] == [
+        file.name
+    ]
 
 
 @pytest.mark.parametrize("mixed", [torch.float16, torch.bfloat16, None])
 def test_dropout_and_the_loss_scale_go_on_where_they_were(tmp_path, monkeypatch, mixed):
-    data, flags = random_data(), quick_flags(NUM_EPOCHS=4, OUTPUT_DIR=str(tmp_path), RESUME=True)
-    file, train_epoch, make_scaler = tmp_path / "model.pt", at.train_epoch, at.make_scaler
-    monkeypatch.setattr(at, "make_scaler", lambda device, mixed: (  # a scale that has to fall before the interruption
-        torch.amp.GradScaler("cpu", init_scale=2.0**20) if mixed == torch.float16 else make_scaler(device, mixed)))
+    data, train_epoch = random_data(), at.train_epoch
 
-    def fresh():
-        model = model_of("test_resnet", NUM_EPOCHS=4)
-        model.gradual, model.network.drop_rate = False, 0.5
-        return model
+    def fresh(folder):
+        flags = dict(NUM_EPOCHS=4, GRADUAL_UNFREEZING=False, RESUME=True)
+        run = in_precision(run_of("test_resnet", OUTPUT_DIR=str(tmp_path / folder), **flags), mixed)
+        if mixed == torch.float16:  # a scale that has to fall before the interruption
+            run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+        run.network.drop_rate = 0.5
+        return run
 
-    whole = fresh()
-    at.train_model(whole, data, mixed, flags)
-    assert mixed != torch.float16 or (whole.epochs[1]["loss_scale"] < 2**20 and whole.epochs[3]["skipped_updates"] == 0)
+    whole = fresh("whole")
+    at.train_model(whole, data)
+    assert mixed != torch.float16 or (
+        whole.epochs[1]["loss_scale"] < 2**20 and whole.epochs[3]["skipped_updates"] == 0
+    )
 
-    def interrupt(model, data, epoch, *arguments):
+    def interrupted(run, data, epoch):
         if epoch == 2:
             raise KeyboardInterrupt
-        return train_epoch(model, data, epoch, *arguments)
+        return train_epoch(run, data, epoch)
 
-    monkeypatch.setattr(at, "train_epoch", interrupt)
+    monkeypatch.setattr(at, "train_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        at.train_model(fresh(), data, mixed, flags, file)
+        at.train_model(fresh("stopped"), data)
     monkeypatch.setattr(at, "train_epoch", train_epoch)
     torch.rand(7)  # whatever else drew random numbers since
-    resumed = fresh()
-    at.train_model(resumed, data, mixed, flags, file, at.read_checkpoint(file, resumed, data, flags))
-    assert [entry["loss_scale"] for entry in resumed.epochs] == [entry["loss_scale"] for entry in whole.epochs]
+    resumed = fresh("stopped")
+    assert at.resume(resumed, data) is None and len(resumed.epochs) == 2
+    at.train_model(resumed, data)
+    assert [entry["loss_scale"] for entry in resumed.epochs] == [
+        entry["loss_scale"] for entry in whole.epochs
+    ]
     left, right = whole.network.state_dict(), resumed.network.state_dict()
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_weights_that_the_hub_has_meanwhile_cached_are_the_same_weights():
-    model, data, flags = model_of("test_resnet"), random_data(), quick_flags()
-    model.weights.origin = "ImageNet weights timm/resnet18.a1_in1k"
-    first = at.run_signature(model, data, flags)
-    model.weights.origin += " (cached)"
-    assert at.run_signature(model, data, flags) == first
+    run, data = run_of("test_resnet"), random_data()
+    run.weights.origin = "ImageNet weights timm/resnet18.a1_in1k"
+    first = at.run_signature(run, data)
+    run.weights.origin += " (cached)"
+    assert at.run_signature(run, data) == first

@@ -5,9 +5,13 @@ import builtins
 import pytest
 import timm
 import torch
-from conftest import CPU, quick_flags
+from conftest import CPU, quick_flags, random_data
 
 import advanced_techniques as at
+
+
+def build(name, weights, seed=0, **changes):
+    return at.new_run(name, weights, seed, at.Job(quick_flags(**changes), CPU, random_data()))
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +26,9 @@ def test_a_local_file_or_folder_is_loaded(tmp_path):
     torch.save(donor.state_dict(), tmp_path / "resnet18.pth")
     for pretrained in (tmp_path, tmp_path / "resnet18.pth"):
         weights = at.find_weights("resnet18", str(pretrained))
-        model = at.build_model("resnet18", weights, 4, 0, quick_flags(), CPU)
-        assert torch.equal(model.network.conv1.weight, donor.conv1.weight) and model.network.fc.out_features == 4
+        model = build("resnet18", weights)
+        assert torch.equal(model.network.conv1.weight, donor.conv1.weight)
+        assert model.network.fc.out_features == 4
         assert model.gradual
 
 
@@ -34,12 +39,12 @@ def test_a_missing_file_is_a_plain_message(tmp_path, capsys):
 
 
 def test_weights_in_the_hubs_cache_need_no_network(tmp_path, monkeypatch):
-    donor = timm.create_model("resnet18")
+    donor, cached = timm.create_model("resnet18"), tmp_path / "cached.pth"
     torch.save(donor.state_dict(), tmp_path / "model.safetensors")
-    monkeypatch.setattr(at, "try_to_load_from_cache", lambda repository, file: str(tmp_path / "cached.pth"))
-    torch.save(donor.state_dict(), tmp_path / "cached.pth")
+    monkeypatch.setattr(at, "try_to_load_from_cache", lambda repository, file: str(cached))
+    torch.save(donor.state_dict(), cached)
     weights = at.find_weights("resnet18", "auto")
-    model = at.build_model("resnet18", weights, 4, 0, quick_flags(), CPU)
+    model = build("resnet18", weights)
     assert torch.equal(model.network.layer4[1].conv2.weight, donor.layer4[1].conv2.weight)
     assert weights.stands_in_for is None and "cached" in weights.origin
 
@@ -53,7 +58,7 @@ def test_a_reachable_hub_is_asked_by_timm(monkeypatch):
 def test_the_stand_in_has_imagenet_weights_another_seed_another_head():
     weights = at.find_weights("resnet50", "auto")
     assert (weights.architecture, weights.stands_in_for) == (at.STAND_IN, "resnet50")
-    first, second = (at.build_model("resnet50", weights, 4, seed, quick_flags(), CPU).network for seed in (0, 1))
+    first, second = (build("resnet50", weights, seed).network for seed in (0, 1))
     assert torch.equal(first.conv_stem.weight, weights.overlay["state_dict"]["conv_stem.weight"])
     assert torch.equal(first.blocks[6][0].bn2.running_var, second.blocks[6][0].bn2.running_var)
     assert not torch.equal(first.classifier.weight, second.classifier.weight)
@@ -72,4 +77,4 @@ def test_without_the_package_random_weights_are_said_loudly(monkeypatch):
     weights = at.find_weights("resnet18", "auto")
     assert weights.architecture == "resnet18" and weights.overlay is None
     assert "NO IMAGENET WEIGHTS" in at.weight_notices([weights])[0]
-    assert not at.build_model("resnet18", weights, 4, 0, quick_flags(), CPU).gradual
+    assert not build("resnet18", weights).gradual
