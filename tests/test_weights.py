@@ -16,8 +16,8 @@ def build(name, weights, seed=0, **changes):
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    monkeypatch.setattr(at, "reachable", lambda url: False)
-    monkeypatch.setattr(at, "try_to_load_from_cache", lambda *arguments: None)
+    monkeypatch.setattr(at.hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(at.hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 def test_a_local_file_or_folder_is_loaded(tmp_path):
@@ -25,7 +25,7 @@ def test_a_local_file_or_folder_is_loaded(tmp_path):
     donor = timm.create_model("resnet18")
     torch.save(donor.state_dict(), tmp_path / "resnet18.pth")
     for pretrained in (tmp_path, tmp_path / "resnet18.pth"):
-        weights = at.find_weights("resnet18", str(pretrained))
+        weights = at.find_weights("resnet18", quick_flags(PRETRAINED=str(pretrained)))
         model = build("resnet18", weights)
         assert torch.equal(model.network.conv1.weight, donor.conv1.weight)
         assert model.network.fc.out_features == 4
@@ -34,29 +34,24 @@ def test_a_local_file_or_folder_is_loaded(tmp_path):
 
 def test_a_missing_file_is_a_plain_message(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        at.find_weights("resnet18", str(tmp_path))
+        at.find_weights("resnet18", quick_flags(PRETRAINED=str(tmp_path)))
     assert "PRETRAINED" in capsys.readouterr().err
 
 
 def test_weights_in_the_hubs_cache_need_no_network(tmp_path, monkeypatch):
     donor, cached = timm.create_model("resnet18"), tmp_path / "cached.pth"
-    torch.save(donor.state_dict(), tmp_path / "model.safetensors")
-    monkeypatch.setattr(at, "try_to_load_from_cache", lambda repository, file: str(cached))
+    monkeypatch.setattr(
+        at.huggingface_hub, "try_to_load_from_cache", lambda repository, file: str(cached)
+    )
     torch.save(donor.state_dict(), cached)
-    weights = at.find_weights("resnet18", "auto")
+    weights = at.find_weights("resnet18", quick_flags())
     model = build("resnet18", weights)
     assert torch.equal(model.network.layer4[1].conv2.weight, donor.layer4[1].conv2.weight)
     assert weights.stands_in_for is None and "cached" in weights.origin
 
 
-def test_a_reachable_hub_is_asked_by_timm(monkeypatch):
-    monkeypatch.setattr(at, "reachable", lambda url: True)
-    weights = at.find_weights("resnet50", "auto")
-    assert weights.architecture == "resnet50" and weights.overlay == {}
-
-
 def test_the_stand_in_has_imagenet_weights_another_seed_another_head():
-    weights = at.find_weights("resnet50", "auto")
+    weights = at.find_weights("resnet50", quick_flags())
     assert (weights.architecture, weights.stands_in_for) == (at.STAND_IN, "resnet50")
     first, second = (build("resnet50", weights, seed).network for seed in (0, 1))
     assert torch.equal(first.conv_stem.weight, weights.overlay["state_dict"]["conv_stem.weight"])
@@ -74,7 +69,7 @@ def test_without_the_package_random_weights_are_said_loudly(monkeypatch):
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    weights = at.find_weights("resnet18", "auto")
+    weights = at.find_weights("resnet18", quick_flags())
     assert weights.architecture == "resnet18" and weights.overlay is None
     assert "NO IMAGENET WEIGHTS" in at.weight_notices([weights])[0]
     assert not build("resnet18", weights).gradual
