@@ -123,7 +123,7 @@ FLAGS = {name: value for name, value in list(globals().items()) if re.fullmatch(
 def main(arguments: list[str] | None = None) -> None:
     """Load the data, train and test each backbone in turn, let them vote, report."""
     job = Job(read_flags(arguments), choose_device())
-    with report_if_interrupted(job):
+    with release_output(job), report_if_interrupted(job):
         if job.flags.PREDICT:
             predict_files(job)
             return
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
             job.rates = job.rates or plot_rates(job.run, job.data)
         if flags.ABLATION:
             job.ledger = ablate(job)
-    report(job)  # with the soft vote of all models
+        report(job)  # with the soft vote of all models
     leave_processes()
 
 
@@ -1070,6 +1070,7 @@ class Job:
     tested: list[Tested] = field(default_factory=list)
     rates: Figure | None = None  # the plot of the first model's learning rates
     ledger: list[dict[str, Any]] | None = None  # what each technique is worth
+    lock: BinaryIO | None = None  # held while it writes to OUTPUT_DIR
 
 
 @contextlib.contextmanager
@@ -1093,7 +1094,7 @@ def report_if_interrupted(job: Job) -> Iterator[None]:
 
 def prepare(job: Job) -> None:
     """Fit the flags to the device, refuse what can't work on it, meet the other processes."""
-    check_output(job.flags)
+    job.lock = check_output(job.flags)
     job.flags = small_profile(job.flags, job.device)
     check_image_size(job.flags)
     check_update(job.flags, job.flags.TRAIN_IMAGES or 10**9)
@@ -1272,12 +1273,73 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
              "on from there.")
 
 
-def check_output(flags: SimpleNamespace) -> None:
-    """Stop if the folder for results can't be made or nothing can be written there."""
+def check_output(flags: SimpleNamespace) -> BinaryIO | None:
+    """Take OUTPUT_DIR for this run: the lock of its first process, see lock_output.
+
+    Stops if the folder can't be made, nothing can be written there, or another run is at it.
+    """
+    if RANK:
+        return None
+    lock = lock_output(flags)
     trial = Path(flags.OUTPUT_DIR, "checkpoints", "trial")
     write_whole(trial, lambda stream: stream.write(b"trial"))
-    if RANK == 0:
-        trial.unlink()
+    trial.unlink()
+    return lock
+
+
+LOCK_FILE = "running.lock"  # in OUTPUT_DIR, while a run writes there
+
+
+def lock_output(flags: SimpleNamespace) -> BinaryIO | None:
+    """Lock OUTPUT_DIR until the lock is closed or the process ends, even if it is killed.
+
+    Stops if another run holds the lock. None where the file system can't lock or write.
+    """
+    file = Path(flags.OUTPUT_DIR, LOCK_FILE)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a+b", buffering=0)
+        lock_now(lock)
+        if os.fstat(lock.fileno()).st_nlink == 0:  # its run has just ended and removed it
+            return lock_output(flags)
+        lock.truncate(0)
+        began = time.strftime("%Y-%m-%d %H:%M")
+        lock.write(f"process {os.getpid()} on {platform.node()}, since {began}".encode())
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().decode("utf-8", "replace") or "just started"
+        stop(f"OUTPUT_DIR = {flags.OUTPUT_DIR}: another run is writing there ({holder}). Wait for "
+             "its end, stop it, or choose another folder with --output-dir.")
+    except OSError:
+        return None
+    return lock
+
+
+def lock_now(lock: BinaryIO) -> None:
+    """Lock an open file until it is closed; BlockingIOError if another process has locked it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+        lock.seek(2**20)  # behind the owner's name, which nobody else could read otherwise
+        try:
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError from error
+    else:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def release_output(job: Job) -> Iterator[None]:
+    """However this run ends, let others write to OUTPUT_DIR then: a notebook's process lives on."""
+    try:
+        yield
+    finally:
+        if job.lock:
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
+                Path(job.lock.name).unlink()
+            job.lock.close()
 
 
 def say(*lines: str) -> None:
