@@ -56,7 +56,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 import huggingface_hub
 import numpy as np
@@ -66,7 +66,6 @@ import torchvision
 from huggingface_hub import constants as hub
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from timm.models import group_parameters
 from torch import Tensor, distributed, nn
@@ -1165,7 +1164,7 @@ def wait_for(work: Callable[[], Any], what: str, seconds: float,
 
     threading.Thread(target=run, daemon=True).start()
     size, moved, spoken = arrived(), time.monotonic(), time.monotonic()
-    disable = None if total else True  # None: silent where the output is no terminal
+    disable = not total or not on_terminal()
     unit = dict(unit="B", unit_scale=True)
     with tqdm(total=total, desc=what, leave=False, disable=disable, **unit) as bar:
         while not wait([outcome], timeout=0.2).done:
@@ -1177,9 +1176,9 @@ def wait_for(work: Callable[[], Any], what: str, seconds: float,
                 raise TimeoutError(f"nothing has arrived for {seconds:.0f} seconds")
             if now - max(moved, spoken) > SPEAK_SECONDS:
                 spoken = now
-                tqdm.write(f"Still waiting for {what}: nothing has arrived for {now - moved:.0f} "
-                           f"seconds. It is given up after {seconds:.0f}.")
-                sys.stdout.flush()
+                with tqdm.external_write_mode():  # the bar makes room for the line
+                    put_out(f"Still waiting for {what}: nothing has arrived for "
+                            f"{now - moved:.0f} seconds. It is given up after {seconds:.0f}.")
     return outcome.result()
 
 
@@ -1342,10 +1341,45 @@ def release_output(job: Job) -> Iterator[None]:
             job.lock.close()
 
 
+def settle_in() -> None:
+    """Fit the process to what the script was started in.
+
+    A standard stream that was closed leads nowhere from now on: else the next file that is opened
+    would take its place, and what libraries print with it. With python -W error a library's warning
+    would end hours of training, so it is shown instead.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, nowhere(mode))
+    if any(choice.startswith("error") for choice in sys.warnoptions):
+        warnings.simplefilter("default")
+
+
+def put_out(text: str, name: str = "stdout") -> None:
+    """Print on sys.stdout or sys.stderr, whatever they are: a terminal, a notebook's, closed.
+
+    A run goes on without an output that is closed, full or no longer read: its files matter more.
+    """
+    stream = getattr(sys, name)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    shown = text.encode(encoding, "backslashreplace").decode(encoding)  # also on an old terminal
+    try:
+        print(shown, file=stream)
+        if hasattr(stream, "flush"):
+            stream.flush()
+    except (OSError, ValueError):
+        setattr(sys, name, nowhere())
+
+
+def nowhere(mode: str = "w") -> TextIO:
+    """A stream that takes everything and gives nothing, open until the process ends."""
+    return os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8")
+
+
 def say(*lines: str) -> None:
     """Print for the user, from one process only."""
     if RANK == 0:
-        print(*lines, sep="\n", flush=True)
+        put_out("\n".join(lines))
 
 
 def stop(message: str, everywhere: bool = False) -> NoReturn:
@@ -1354,13 +1388,21 @@ def stop(message: str, everywhere: bool = False) -> NoReturn:
     From one process of each machine, or from each process.
     """
     if LOCAL_RANK == 0 or everywhere:
-        print(f"advanced_techniques.py: {message}", file=sys.stderr, flush=True)
+        put_out(f"advanced_techniques.py: {message}", "stderr")
     raise SystemExit(2)
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
     """A progress bar for what takes longer than two seconds; silent where there is no terminal."""
-    return tqdm(items, label, total, leave=False, disable=None, delay=2)
+    return tqdm(items, label, total, leave=False, disable=not on_terminal(), delay=2)
+
+
+def on_terminal() -> bool:
+    """Whether progress bars, which go to the error stream, are seen by somebody."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
 
 
 def printable(text: Any) -> str:
@@ -1413,6 +1455,8 @@ def read_flags(arguments: list[str] | None = None) -> SimpleNamespace:
     for name in TEXTS:
         if isinstance(getattr(flags, name), os.PathLike):
             setattr(flags, name, os.fspath(getattr(flags, name)))
+        if type(getattr(flags, name)) is str:
+            setattr(flags, name, os.path.expanduser(getattr(flags, name)))  # ~ is one's home folder
     check_types(flags)
     check_architectures(flags)
     check_places(flags)
@@ -1433,6 +1477,7 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(option(name), dest=name, metavar="VALUE", default=default,
                             type=functools.partial(parse_flag, name), help=described)
     parser.error = stop
+    parser.print_help = lambda: say(parser.format_help())
     # These are values, not flags: -1e-3, -inf
     parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
     return parser
@@ -3540,6 +3585,12 @@ def diagnose_classes(classes: list[dict[str, Any]]) -> Iterator[str]:
 
 # ==== 22. Plots ===================================================================================
 
+try:
+    from matplotlib.figure import Figure
+except ValueError:  # MPLBACKEND names a notebook's backend that isn't installed in this Python
+    del os.environ["MPLBACKEND"]  # nothing here needs one: plots are files
+    from matplotlib.figure import Figure
+
 BLUE = "#0072b2"  # Okabe and Ito's colours: colour-blind people can tell them apart
 ORANGE = "#e69f00"
 GREEN = "#009e73"
@@ -3721,7 +3772,7 @@ def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str]) ->
     side = min(12.0, 3.5 + 0.45 * count)
     figure, grid = axes(1, 1, side, side, title)
     axis = grid[0, 0]
-    axis.imshow(table, cmap="Blues", vmin=0, vmax=100)
+    axis.imshow(table.numpy(), cmap="Blues", vmin=0, vmax=100)
     axis.set(xlabel="predicted", ylabel="true")
     if count <= 25:  # more would not be legible
         axis.set_xticks(range(count), classes, rotation=45, ha="right")
@@ -3799,7 +3850,7 @@ def show_prediction(axis: Any, place: int, probabilities: Tensor, data: Data) ->
     if name != truth:
         caption = f"{caption}\nis {truth}"
         colour = RED
-    axis.imshow(data.images[index].permute(1, 2, 0).cpu())
+    axis.imshow(data.images[index].permute(1, 2, 0).cpu().numpy())
     axis.set_title(caption, fontsize=9, color=colour)
 
 
@@ -3838,7 +3889,7 @@ def predict_files(job: Job) -> None:
     runs, classes, stored_size = stored_models(job)
     images, unreadable = decode_all(paths, stored_size, runs[0].flags)
     for message in unreadable.values():
-        print(f"Left out, for it can't be read as an image: {message}", file=sys.stderr)
+        put_out(f"Left out, for it can't be read as an image: {message}", "stderr")
     readable = [place for place in range(len(paths)) if place not in unreadable]
     if not readable:
         stop(f"PREDICT = {target}: no image there can be read.")
@@ -3854,7 +3905,7 @@ def predict_files(job: Job) -> None:
         names = [classes[label] for label in labels]
         rows.append((printable(paths[place]), list(zip(names, shares, strict=True))))
     for path, answer in rows[:20]:
-        print(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in answer))
+        say(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in answer))
     if target.is_dir():
         write_answers(rows, len(unreadable), job.flags)
 
@@ -3875,7 +3926,7 @@ def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int
         writer.writerow(line)
     file = Path(flags.OUTPUT_DIR, "predictions.csv")
     write_whole(file, lambda stream: stream.write(table.getvalue().encode()))
-    print(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
+    say(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
 
 
 def stored_models(job: Job) -> tuple[list[Run], list[str], int]:
@@ -3926,5 +3977,5 @@ def stored_run(name: str, saved: dict[str, Any], flags: SimpleNamespace,
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for class names that a terminal can't show
+    settle_in()
     main()

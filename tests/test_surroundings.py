@@ -1,9 +1,12 @@
-"""Where a run finds itself: folders that others use, outputs that nobody reads, notebooks, Ctrl-C."""
+"""Where a run finds itself: folders in use, outputs that nobody reads, notebooks, Ctrl-C."""
 
+import io
 import os
 import signal
+import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,3 +166,101 @@ def test_a_lock_that_was_removed_since_it_was_opened_is_none(tmp_path, monkeypat
     monkeypatch.setattr(at, "lock_now", late)
     lock = at.check_output(flags)
     assert os.fstat(lock.fileno()).st_nlink == 1
+
+
+# ---- Outputs that nobody reads, and other surroundings of a notebook ----
+
+
+class Gone(io.StringIO):
+    """A pipe whose reader went away; a file on a full disk fails likewise."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+OUTPUTS = {"none": lambda: None, "closed": closed, "gone": Gone}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_run_goes_on_without_an_output_and_writes_its_files(output, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", OUTPUTS[output]())
+    monkeypatch.setattr(sys, "stderr", OUTPUTS[output]())
+    at.main(small)
+    assert "REPORT" in (tmp_path / "out" / "report.txt").read_text()
+    assert len(list((tmp_path / "out").glob("*.png"))) == 6
+    at.main([*small, f"--predict={small[-3].partition('=')[2]}"])
+    assert (tmp_path / "out" / "predictions.csv").is_file()
+    with pytest.raises(SystemExit) as stopped:
+        at.main(["--batch-size=0"])
+    assert stopped.value.code == 2
+    with pytest.raises(SystemExit) as stopped:
+        at.main(["--help"])
+    assert not stopped.value.code
+
+
+def test_an_output_that_knows_only_how_to_write_is_written_to(monkeypatch):
+    written = []
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=written.append))
+    at.say("one", "two")
+    at.say("three")
+    assert "".join(written) == "one\ntwo\nthree\n"
+
+
+def test_what_an_output_cannot_encode_is_spelt_out(monkeypatch):
+    for encoding, shown in (("ascii", "caf\\xe9 \\u732b \\udce9"), ("utf-8", "café 猫 \\udce9")):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        at.say("café 猫 \udce9")
+        assert stream.buffer.getvalue().decode(encoding) == f"{shown}\n"
+
+
+def test_no_file_takes_the_place_of_a_stream_that_was_closed(tmp_path):
+    """Else what libraries print lands in a checkpoint."""
+    child = os.fork()
+    if child == 0:
+        os.closerange(0, 3)
+        sys.stdin = sys.stdout = sys.stderr = None
+        at.settle_in()
+        with (tmp_path / "checkpoint").open("w") as file:
+            os._exit(file.fileno() < 3)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_home_folder_may_be_written_as_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    places = ("dataset", "output_dir", "data_dir", "pretrained", "predict")
+    for name in places:
+        if name not in ("output_dir", "data_dir"):
+            (tmp_path / name).mkdir()
+    flags = at.read_flags([f"--{name.replace('_', '-')}=~/{name}" for name in places])
+    for name in places:
+        assert getattr(flags, name.upper()) == str(tmp_path / name)
+    assert at.read_flags(["--dataset=shapes"]).DATASET == "shapes"
+
+
+def test_a_notebooks_backend_warnings_as_errors_and_head_together(script, pets, tmp_path):
+    """A whole run in the surroundings of which each has ended one."""
+    reading, writing = os.pipe()
+    os.close(reading)  # as head does once it has its lines
+    command = [sys.executable, "-W", "error", str(script), *SMALL, f"--dataset={pets}",
+               "--output-dir=~/out", "--data-dir=~/data"]
+    surroundings = dict(HOME=str(tmp_path), MPLBACKEND="module://no_such_package.backend_inline",
+                        OMP_NUM_THREADS="1")
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=100,
+                          env=os.environ | surroundings, check=False)
+    os.close(writing)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert len(list((tmp_path / "out").glob("*.png"))) == 6
+
+
+def test_plots_are_drawn_without_a_deprecated_call(pets, small, monkeypatch):
+    monkeypatch.setattr(at, "measure_speed", lambda *arguments: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        at.main(small)
