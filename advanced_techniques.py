@@ -45,6 +45,7 @@ import sys
 import textwrap
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -135,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         for place, name in enumerate(model_names(flags.ARCHITECTURES)):
             job.run = new_run(name, job.weights[place], flags.SEED + place, job)
             job.tested.append(train_and_test(job.run, job.data))
-            job.rates = job.rates or plot_rates(job.run, job.data)
+            job.rates = job.rates or drawn("learning_rates", plot_rates, job.run, job.data)
         if flags.ABLATION:
             job.ledger = ablate(job)
         report(job)  # with the soft vote of all models
@@ -1260,11 +1261,11 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         # torch.save raises another error in the wake of the one that tells what happened.
-        cause = error if isinstance(error, OSError) else error.__context__
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
         stop(f"{file} can't be written ({cause.strerror or cause}). Make room, or choose another "
@@ -3103,12 +3104,16 @@ def report(job: Job) -> None:
     """Write report.txt, results.json and, once a model is finished, the plots."""
     folder = Path(job.flags.OUTPUT_DIR)
     results = collect_results(job)
+    families, notice = find_fonts(job.data.classes)
+    if notice and finished_models(job):
+        job.notices.append(notice)
     write_report(results, job.notices, folder)
-    figures = draw_plots(job, results)
-    for name, figure in figures.items():
-        write_whole(folder / f"{name}.png", functools.partial(figure.savefig, format="png"))
+    with matplotlib.rc_context({"font.family": families}):
+        figures = draw_plots(job, results)
+        written = [drawn(name, save_plot, figure, folder / f"{name}.png")
+                   for name, figure in figures.items()]
     if figures:
-        say(f"Written to {folder}/: report.txt, results.json, {len(figures)} plots, "
+        say(f"Written to {folder}/: report.txt, results.json, {written.count(True)} plots, "
             "and the models in checkpoints/.")
 
 
@@ -3586,9 +3591,13 @@ def diagnose_classes(classes: list[dict[str, Any]]) -> Iterator[str]:
 # ==== 22. Plots ===================================================================================
 
 try:
+    import matplotlib
+    from matplotlib import font_manager
     from matplotlib.figure import Figure
 except ValueError:  # MPLBACKEND names a notebook's backend that isn't installed in this Python
     del os.environ["MPLBACKEND"]  # nothing here needs one: plots are files
+    import matplotlib
+    from matplotlib import font_manager
     from matplotlib.figure import Figure
 
 BLUE = "#0072b2"  # Okabe and Ito's colours: colour-blind people can tell them apart
@@ -3600,28 +3609,122 @@ RED = "#d55e00"
 COLOURS = [BLUE, ORANGE, GREEN, PINK, SKY_BLUE, RED]
 
 
-def draw_plots(job: Job, results: dict[str, Any]) -> dict[str, Figure]:
-    """The plots by file name; none before a model is finished."""
+def draw_plots(job: Job, results: dict[str, Any]) -> dict[str, Figure | None]:
+    """The plots by file name, None where one fails; no names before a model is finished."""
     if not finished_models(job):
         return {}
     final = final_probabilities(job)
     labels = job.data.truth("test")
-    figures = dict(training_curves=plot_curves(results), accuracy_against_cost=plot_time(results))
-    if job.rates:  # none if the run was interrupted just before they were drawn
-        figures["learning_rates"] = job.rates
-    figures["confusion_matrix"] = plot_confusion(final, labels, job.data.classes)
-    figures["class_accuracy"] = plot_classes(results["classes"])
-    figures["predictions"] = plot_predictions(final, job.data)
+    drawings = dict(
+        training_curves=(plot_curves, results),
+        accuracy_against_cost=(plot_time, results),
+        confusion_matrix=(plot_confusion, final, labels, job.data.classes),
+        class_accuracy=(plot_classes, results["classes"]),
+        predictions=(plot_predictions, final, job.data),
+    )
     if job.ledger:
-        figures["ablation"] = plot_ablation(job.ledger)
+        drawings["ablation"] = (plot_ablation, job.ledger)
+    figures = dict(learning_rates=job.rates)  # None if interrupted just before they were drawn
+    for name, drawing in drawings.items():
+        figures[name] = drawn(name, *drawing)
     return figures
+
+
+def drawn(name: str, draw: Callable[..., Any], *arguments: Any) -> Any:
+    """What a drawing function returns, or None and a line about it: no plot is worth a run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing glyphs: find_fonts tells of them
+            return draw(*arguments)
+    except Exception as error:  # matplotlib and the libraries under it raise nearly anything
+        say(f"{name}.png could not be drawn ({type(error).__name__}: {reason(error)[:200]}). "
+            "Nothing else is touched by that.")
+    return None
+
+
+def save_plot(figure: Figure | None, file: Path) -> bool:
+    """Write a plot, if there is one, to its file, where an older run's must not stay."""
+    file.unlink(missing_ok=True)
+    if figure:
+        write_whole(file, functools.partial(figure.savefig, format="png"))
+    return figure is not None
+
+
+def plot_name(name: str, longest: int = 30) -> str:
+    """A class name as text for matplotlib: of bearable length, $ a letter like any other."""
+    characters = [character for character in printable(name) if character.isprintable()]
+    if len(characters) > longest:
+        tail = longest // 3
+        characters = [*characters[: longest - tail - 1], "…", *characters[-tail:]]
+    return "".join(characters).replace("$", r"\$")
+
+
+def find_fonts(classes: list[str]) -> tuple[list[str], str]:
+    """Font families that have a glyph for each character of the class names.
+
+    And a sentence about the characters that no font on this machine has, or "".
+    """
+    families = list(matplotlib.rcParams["font.family"])
+    usual = glyphs(font_manager.findfont(font_manager.FontProperties()))
+    lacking = set()
+    for character in set("".join(classes)) - usual:
+        if character.isprintable() and not unicodedata.combining(character):
+            lacking.add(character)
+    for font in installed_fonts() if lacking else []:
+        found = lacking & glyphs(font.fname)
+        if found:
+            families.append(font.name)
+            lacking -= found
+    if not lacking:
+        return families, ""
+    examples = " ".join(sorted(lacking)[:10])
+    wanted = ", ".join(sorted({font_for(character) for character in lacking}))
+    return families, (f"PLOTS: no font on this machine has {examples}, which class names need, so "
+                      f"the plots show boxes. Install {wanted}; with --resume true they are then "
+                      "drawn anew.")
+
+
+def installed_fonts() -> list[font_manager.FontEntry]:
+    """The upright fonts of this machine, also those that matplotlib's list is too old for."""
+    manager = font_manager.fontManager
+    known = {font.fname for font in manager.ttflist}
+    for file in sorted(set(font_manager.findSystemFonts()) - known):
+        with contextlib.suppress(Exception):  # FreeType's errors are of any kind
+            manager.addfont(file)
+    fonts = []
+    for font in manager.ttflist:
+        stands_for_all = font.name.startswith("Last Resort")  # a box for each character
+        if font.style == "normal" and not stands_for_all:
+            fonts.append(font)
+    return fonts
+
+
+def glyphs(file: str) -> set[str]:
+    """The characters that a font file can draw; none if it can't be used."""
+    try:
+        font = font_manager.get_font(file)
+        font.set_size(12, 100)  # refused by fonts that consist of pictures
+        return {chr(code) for code in font.get_charmap()}
+    except Exception:  # FreeType's errors are of any kind
+        return set()
+
+
+def font_for(character: str) -> str:
+    """A free font that has the character, by the script in its Unicode name."""
+    script = unicodedata.name(character, "").partition(" ")[0]
+    if script in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL"):
+        return "Noto Sans CJK"
+    if unicodedata.category(character) == "So":
+        return "Noto Emoji"
+    return f"Noto Sans {script.title()}".strip()
 
 
 def axes(rows: int, columns: int, width: float, height: float,
          title: str) -> tuple[Figure, np.ndarray]:
     """A figure in the one style of all the plots, and its axes [rows, columns]; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    lines = textwrap.wrap(title, round(9 * width))  # nine bold letters take an inch
+    figure.suptitle("\n".join(lines), fontsize=12, fontweight="bold")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axis in grid.flat:
         axis.spines[["top", "right"]].set_visible(False)
@@ -3760,6 +3863,7 @@ def plot_rates(run: Run, data: Data) -> Figure:
 def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str]) -> Figure:
     """How often each class (row) is taken for each other (column), in per cent of the row."""
     count = len(classes)
+    names = [plot_name(name) for name in classes]
     pairs = labels * count + probabilities.argmax(1)  # a number for each true and predicted class
     table = torch.bincount(pairs, minlength=count * count).view(count, count).double()
     table = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
@@ -3768,15 +3872,15 @@ def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str]) ->
     wrong = table.clone().fill_diagonal_(0)
     if wrong.any():
         true, taken = divmod(int(wrong.argmax()), count)
-        title = f"{title} Most often mistaken: {classes[true]} for {classes[taken]}"
+        title = f"{title} Most often mistaken: {names[true]} for {names[taken]}"
     side = min(12.0, 3.5 + 0.45 * count)
     figure, grid = axes(1, 1, side, side, title)
     axis = grid[0, 0]
     axis.imshow(table.numpy(), cmap="Blues", vmin=0, vmax=100)
     axis.set(xlabel="predicted", ylabel="true")
     if count <= 25:  # more would not be legible
-        axis.set_xticks(range(count), classes, rotation=45, ha="right")
-        axis.set_yticks(range(count), classes)
+        axis.set_xticks(range(count), names, rotation=45, ha="right")
+        axis.set_yticks(range(count), names)
         write_cells(axis, table)
     return figure
 
@@ -3793,7 +3897,8 @@ def plot_classes(classes: list[dict[str, Any]]) -> Figure:
     """The accuracy of each class with its 95 % interval, the hardest first; 40 at most."""
     tested = [entry for entry in classes if entry["images"]]
     hardest = sorted(tested, key=class_accuracy)[:40]
-    title = f"{hardest[0]['name']} is hardest: {class_accuracy(hardest[0]):.0%} right"
+    names = [plot_name(entry["name"]) for entry in hardest]
+    title = f"{names[0]} is hardest: {class_accuracy(hardest[0]):.0%} right"
     figure, grid = axes(1, 1, 8, 1.5 + 0.28 * len(hardest), title)
     axis = grid[0, 0]
     for place, entry in enumerate(hardest):
@@ -3801,7 +3906,7 @@ def plot_classes(classes: list[dict[str, Any]]) -> Figure:
         ends = [100 * end for end in wilson_interval(accuracy, entry["images"])]
         axis.plot(ends, [-place, -place], color=SKY_BLUE, linewidth=3, solid_capstyle="butt")
         axis.plot(100 * accuracy, -place, "o", color=BLUE)
-    name_rows(axis, [entry["name"] for entry in hardest])
+    name_rows(axis, names)
     axis.set(xlabel="test accuracy (%), 95 % interval")
     return figure
 
@@ -3843,11 +3948,11 @@ def plot_predictions(probabilities: Tensor, data: Data) -> Figure:
 def show_prediction(axis: Any, place: int, probabilities: Tensor, data: Data) -> None:
     """One test image, by its place among them, with what its probabilities [classes] say."""
     index = data.split["test"][place]
-    name = data.classes[int(probabilities.argmax())]
-    truth = data.classes[int(data.labels[index])]
+    name = plot_name(data.classes[int(probabilities.argmax())], 20)
+    truth = plot_name(data.classes[int(data.labels[index])], 20)
     caption = f"{name} {probabilities.max():.0%}"
     colour = GREEN
-    if name != truth:
+    if int(probabilities.argmax()) != int(data.labels[index]):
         caption = f"{caption}\nis {truth}"
         colour = RED
     axis.imshow(data.images[index].permute(1, 2, 0).cpu().numpy())
