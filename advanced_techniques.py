@@ -3659,7 +3659,7 @@ def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str]) ->
     side = min(12.0, 3.5 + 0.45 * count)
     figure, grid = axes(1, 1, side, side, title)
     axis = grid[0, 0]
-    axis.imshow(table, cmap="Blues", vmin=0, vmax=100)
+    axis.imshow(table.numpy(), cmap="Blues", vmin=0, vmax=100)
     axis.set(xlabel="predicted", ylabel="true")
     if count <= 25:  # more would not be legible
         axis.set_xticks(range(count), classes, rotation=45, ha="right")
