@@ -56,7 +56,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 import huggingface_hub
 import numpy as np
@@ -66,7 +66,6 @@ import torchvision
 from huggingface_hub import constants as hub
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from timm.models import group_parameters
 from torch import Tensor, distributed, nn
@@ -123,7 +122,7 @@ FLAGS = {name: value for name, value in list(globals().items()) if re.fullmatch(
 def main(arguments: list[str] | None = None) -> None:
     """Load the data, train and test each backbone in turn, let them vote, report."""
     job = Job(read_flags(arguments), choose_device())
-    with report_if_interrupted(job):
+    with release_output(job), report_if_interrupted(job):
         if job.flags.PREDICT:
             predict_files(job)
             return
@@ -139,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
             job.rates = job.rates or plot_rates(job.run, job.data)
         if flags.ABLATION:
             job.ledger = ablate(job)
-    report(job)  # with the soft vote of all models
+        report(job)  # with the soft vote of all models
     leave_processes()
 
 
@@ -1070,6 +1069,7 @@ class Job:
     tested: list[Tested] = field(default_factory=list)
     rates: Figure | None = None  # the plot of the first model's learning rates
     ledger: list[dict[str, Any]] | None = None  # what each technique is worth
+    lock: BinaryIO | None = None  # held while it writes to OUTPUT_DIR
 
 
 @contextlib.contextmanager
@@ -1093,7 +1093,7 @@ def report_if_interrupted(job: Job) -> Iterator[None]:
 
 def prepare(job: Job) -> None:
     """Fit the flags to the device, refuse what can't work on it, meet the other processes."""
-    check_output(job.flags)
+    job.lock = check_output(job.flags)
     job.flags = small_profile(job.flags, job.device)
     check_image_size(job.flags)
     check_update(job.flags, job.flags.TRAIN_IMAGES or 10**9)
@@ -1164,7 +1164,7 @@ def wait_for(work: Callable[[], Any], what: str, seconds: float,
 
     threading.Thread(target=run, daemon=True).start()
     size, moved, spoken = arrived(), time.monotonic(), time.monotonic()
-    disable = None if total else True  # None: silent where the output is no terminal
+    disable = not total or not on_terminal()
     unit = dict(unit="B", unit_scale=True)
     with tqdm(total=total, desc=what, leave=False, disable=disable, **unit) as bar:
         while not wait([outcome], timeout=0.2).done:
@@ -1176,9 +1176,9 @@ def wait_for(work: Callable[[], Any], what: str, seconds: float,
                 raise TimeoutError(f"nothing has arrived for {seconds:.0f} seconds")
             if now - max(moved, spoken) > SPEAK_SECONDS:
                 spoken = now
-                tqdm.write(f"Still waiting for {what}: nothing has arrived for {now - moved:.0f} "
-                           f"seconds. It is given up after {seconds:.0f}.")
-                sys.stdout.flush()
+                with tqdm.external_write_mode():  # the bar makes room for the line
+                    put_out(f"Still waiting for {what}: nothing has arrived for "
+                            f"{now - moved:.0f} seconds. It is given up after {seconds:.0f}.")
     return outcome.result()
 
 
@@ -1272,18 +1272,114 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
              "on from there.")
 
 
-def check_output(flags: SimpleNamespace) -> None:
-    """Stop if the folder for results can't be made or nothing can be written there."""
+def check_output(flags: SimpleNamespace) -> BinaryIO | None:
+    """Take OUTPUT_DIR for this run: the lock of its first process, see lock_output.
+
+    Stops if the folder can't be made, nothing can be written there, or another run is at it.
+    """
+    if RANK:
+        return None
+    lock = lock_output(flags)
     trial = Path(flags.OUTPUT_DIR, "checkpoints", "trial")
     write_whole(trial, lambda stream: stream.write(b"trial"))
-    if RANK == 0:
-        trial.unlink()
+    trial.unlink()
+    return lock
+
+
+LOCK_FILE = "running.lock"  # in OUTPUT_DIR, while a run writes there
+
+
+def lock_output(flags: SimpleNamespace) -> BinaryIO | None:
+    """Lock OUTPUT_DIR until the lock is closed or the process ends, even if it is killed.
+
+    Stops if another run holds the lock. None where the file system can't lock or write.
+    """
+    file = Path(flags.OUTPUT_DIR, LOCK_FILE)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a+b", buffering=0)
+        lock_now(lock)
+        if os.fstat(lock.fileno()).st_nlink == 0:  # its run has just ended and removed it
+            return lock_output(flags)
+        lock.truncate(0)
+        began = time.strftime("%Y-%m-%d %H:%M")
+        lock.write(f"process {os.getpid()} on {platform.node()}, since {began}".encode())
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().decode("utf-8", "replace") or "just started"
+        stop(f"OUTPUT_DIR = {flags.OUTPUT_DIR}: another run is writing there ({holder}). Wait for "
+             "its end, stop it, or choose another folder with --output-dir.")
+    except OSError:
+        return None
+    return lock
+
+
+def lock_now(lock: BinaryIO) -> None:
+    """Lock an open file until it is closed; BlockingIOError if another process has locked it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+        lock.seek(2**20)  # behind the owner's name, which nobody else could read otherwise
+        try:
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError from error
+    else:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def release_output(job: Job) -> Iterator[None]:
+    """However this run ends, let others write to OUTPUT_DIR then: a notebook's process lives on."""
+    try:
+        yield
+    finally:
+        if job.lock:
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
+                Path(job.lock.name).unlink()
+            job.lock.close()
+
+
+def settle_in() -> None:
+    """Fit the process to what the script was started in.
+
+    A standard stream that was closed leads nowhere from now on: else the next file that is opened
+    would take its place, and what libraries print with it. With python -W error a library's warning
+    would end hours of training, so it is shown instead.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, nowhere(mode))
+    if any(choice.startswith("error") for choice in sys.warnoptions):
+        warnings.simplefilter("default")
+
+
+def put_out(text: str, name: str = "stdout") -> None:
+    """Print on sys.stdout or sys.stderr, whatever they are: a terminal, a notebook's, closed.
+
+    A run goes on without an output that is closed, full or no longer read: its files matter more.
+    """
+    stream = getattr(sys, name)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    shown = text.encode(encoding, "backslashreplace").decode(encoding)  # also on an old terminal
+    try:
+        print(shown, file=stream)
+        if hasattr(stream, "flush"):
+            stream.flush()
+    except (OSError, ValueError):
+        setattr(sys, name, nowhere())
+
+
+def nowhere(mode: str = "w") -> TextIO:
+    """A stream that takes everything and gives nothing, open until the process ends."""
+    return os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8")
 
 
 def say(*lines: str) -> None:
     """Print for the user, from one process only."""
     if RANK == 0:
-        print(*lines, sep="\n", flush=True)
+        put_out("\n".join(lines))
 
 
 def stop(message: str, everywhere: bool = False) -> NoReturn:
@@ -1292,13 +1388,21 @@ def stop(message: str, everywhere: bool = False) -> NoReturn:
     From one process of each machine, or from each process.
     """
     if LOCAL_RANK == 0 or everywhere:
-        print(f"advanced_techniques.py: {message}", file=sys.stderr, flush=True)
+        put_out(f"advanced_techniques.py: {message}", "stderr")
     raise SystemExit(2)
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
     """A progress bar for what takes longer than two seconds; silent where there is no terminal."""
-    return tqdm(items, label, total, leave=False, disable=None, delay=2)
+    return tqdm(items, label, total, leave=False, disable=not on_terminal(), delay=2)
+
+
+def on_terminal() -> bool:
+    """Whether progress bars, which go to the error stream, are seen by somebody."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
 
 
 def printable(text: Any) -> str:
@@ -1351,6 +1455,8 @@ def read_flags(arguments: list[str] | None = None) -> SimpleNamespace:
     for name in TEXTS:
         if isinstance(getattr(flags, name), os.PathLike):
             setattr(flags, name, os.fspath(getattr(flags, name)))
+        if type(getattr(flags, name)) is str:
+            setattr(flags, name, os.path.expanduser(getattr(flags, name)))  # ~ is one's home folder
     check_types(flags)
     check_architectures(flags)
     check_places(flags)
@@ -1371,6 +1477,7 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(option(name), dest=name, metavar="VALUE", default=default,
                             type=functools.partial(parse_flag, name), help=described)
     parser.error = stop
+    parser.print_help = lambda: say(parser.format_help())
     # These are values, not flags: -1e-3, -inf
     parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
     return parser
@@ -3478,6 +3585,12 @@ def diagnose_classes(classes: list[dict[str, Any]]) -> Iterator[str]:
 
 # ==== 22. Plots ===================================================================================
 
+try:
+    from matplotlib.figure import Figure
+except ValueError:  # MPLBACKEND names a notebook's backend that isn't installed in this Python
+    del os.environ["MPLBACKEND"]  # nothing here needs one: plots are files
+    from matplotlib.figure import Figure
+
 BLUE = "#0072b2"  # Okabe and Ito's colours: colour-blind people can tell them apart
 ORANGE = "#e69f00"
 GREEN = "#009e73"
@@ -3737,7 +3850,7 @@ def show_prediction(axis: Any, place: int, probabilities: Tensor, data: Data) ->
     if name != truth:
         caption = f"{caption}\nis {truth}"
         colour = RED
-    axis.imshow(data.images[index].permute(1, 2, 0).cpu())
+    axis.imshow(data.images[index].permute(1, 2, 0).cpu().numpy())
     axis.set_title(caption, fontsize=9, color=colour)
 
 
@@ -3776,7 +3889,7 @@ def predict_files(job: Job) -> None:
     runs, classes, stored_size = stored_models(job)
     images, unreadable = decode_all(paths, stored_size, runs[0].flags)
     for message in unreadable.values():
-        print(f"Left out, for it can't be read as an image: {message}", file=sys.stderr)
+        put_out(f"Left out, for it can't be read as an image: {message}", "stderr")
     readable = [place for place in range(len(paths)) if place not in unreadable]
     if not readable:
         stop(f"PREDICT = {target}: no image there can be read.")
@@ -3792,7 +3905,7 @@ def predict_files(job: Job) -> None:
         names = [classes[label] for label in labels]
         rows.append((printable(paths[place]), list(zip(names, shares, strict=True))))
     for path, answer in rows[:20]:
-        print(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in answer))
+        say(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in answer))
     if target.is_dir():
         write_answers(rows, len(unreadable), job.flags)
 
@@ -3813,7 +3926,7 @@ def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int
         writer.writerow(line)
     file = Path(flags.OUTPUT_DIR, "predictions.csv")
     write_whole(file, lambda stream: stream.write(table.getvalue().encode()))
-    print(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
+    say(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
 
 
 def stored_models(job: Job) -> tuple[list[Run], list[str], int]:
@@ -3864,5 +3977,5 @@ def stored_run(name: str, saved: dict[str, Any], flags: SimpleNamespace,
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for class names that a terminal can't show
+    settle_in()
     main()
