@@ -45,6 +45,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -1042,9 +1043,23 @@ def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
     kept = dict(run=run_signature(run, data))
     if keep:
         kept = copy.deepcopy(checkpoint(run, data))
-        tested.speed = measure_speed(run, data)
-    kept["finished"] = vars(tested)
-    write_whole(checkpoint_file(run), functools.partial(torch.save, kept))
+    try:
+        if keep:
+            tested.speed = measured_speed(run, data)
+    finally:  # also when it is interrupted
+        kept["finished"] = vars(tested)
+        write_whole(checkpoint_file(run), functools.partial(torch.save, kept))
+
+
+def measured_speed(run: Run, data: Data) -> dict[str, Any] | None:
+    """The speed section of a model, or None where it can't be measured: the model is finished."""
+    try:
+        return measure_speed(run, data)
+    except (Exception, SystemExit) as error:
+        if PROCESSES > 1:  # the others would wait for this one
+            raise
+        say(f"  {run.name} is finished, but its speed could not be measured ({reason(error)}).")
+    return None
 
 
 # ==== 14. Processes, files, messages ==============================================================
@@ -1074,21 +1089,103 @@ class Job:
 
 @contextlib.contextmanager
 def report_if_interrupted(job: Job) -> Iterator[None]:
-    """After Ctrl-C, report what there is, a model in the middle of its epochs included."""
+    """Whatever ends a run early, report what there is, a model in the middle of its epochs too.
+
+    Ctrl-C ends with exit code 130. A stop and an unexpected error go on as they are.
+    """
     try:
         yield
-    except KeyboardInterrupt:
-        say("", "Interrupted. The same command with --resume true goes on from the last finished "
-            "epoch.")
-        reported = [tested.entry["name"] for tested in job.tested]
-        if job.run and job.run.epochs and job.run.name not in reported:
-            job.tested.append(Tested(trained_entry(job.run, job.data)))
-        if job.tested:
-            last = job.tested[-1].entry
-            job.notices.append(f"PARTIAL REPORT: interrupted after {last['name']} had finished "
-                               f"{len(last['epochs'])} of {job.flags.NUM_EPOCHS} epochs.")
-            report(job)
-        raise SystemExit(130) from None
+    except BaseException as error:
+        cause = why_it_ended(error, job)
+        say_end(cause, error, job)
+        report_so_far(cause, job)
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
+
+
+def why_it_ended(error: BaseException, job: Job) -> str:
+    """What ended a run early, in sentences; an unexpected error's traceback goes to a file."""
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted."
+    if isinstance(error, Exception):
+        kind = type(error).__name__
+        return (f"An unexpected error ended {model_in_hand(job)} ({kind}: {reason(error)[:200]}). "
+                f"{keep_traceback(error, job.flags)}")
+    return " ".join(getattr(error, "__notes__", [f"Ended by {type(error).__name__}."]))
+
+
+def keep_traceback(error: Exception, flags: SimpleNamespace) -> str:
+    """Write an error's traceback to a file in OUTPUT_DIR; a sentence that says which."""
+    file = Path(flags.OUTPUT_DIR, f"error_{RANK}.txt" if RANK else "error.txt")
+    lines = traceback.format_exception(error)
+    sentence = f"Its traceback is in {file}."
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(lines), "utf-8", "backslashreplace")
+    except OSError as refused:
+        sentence = f"{file} can't be written ({refused.strerror}), so here is its traceback."
+        print(*lines, sep="", file=sys.stderr, flush=True)
+    error.add_note(sentence)  # whoever ends the program need not show it again
+    return sentence
+
+
+def model_in_hand(job: Job) -> str:
+    """What a run was about when it ended early: the next model's name, or what comes after all."""
+    names = model_names(job.flags.ARCHITECTURES)
+    if job.flags.PREDICT:
+        return "the prediction"
+    if not job.data:
+        return "the run before its first model"
+    if len(job.tested) < len(names):
+        return names[len(job.tested)]
+    return "the ablation" if job.flags.ABLATION else "the report"
+
+
+def say_end(cause: str, error: BaseException, job: Job) -> None:
+    """Tell the user what ended the run early, and how to go on. A stop has given its message."""
+    if isinstance(error, KeyboardInterrupt):
+        say("", f"{cause} {how_to_go_on(job)}")
+        return
+    if isinstance(error, Exception):
+        print(f"advanced_techniques.py: {cause}", file=sys.stderr, flush=True)
+    if job.tested or (job.run and job.run.epochs):
+        say("", f"{how_to_go_on(job)} {how_to_leave_out(job)}")
+
+
+def how_to_go_on(job: Job) -> str:
+    """What can be done after a run that ended early, in sentences."""
+    advice = "The same command with --resume true goes on from the last finished epoch."
+    names = [tested.entry["name"] for tested in finished_models(job)]
+    if names:
+        advice = f"{advice} --predict answers with what is finished: {', '.join(names)}."
+    return advice
+
+
+def how_to_leave_out(job: Job) -> str:
+    """How to finish without the model that ended a run, in a sentence; "" if nothing is left."""
+    name = model_in_hand(job)
+    others = [other for other in job.flags.ARCHITECTURES if other != name]
+    if name not in job.flags.ARCHITECTURES or not others:
+        return ""
+    return f"Without {name}: --architectures {','.join(others)} --resume true."
+
+
+def report_so_far(cause: str, job: Job) -> None:
+    """Report on the models that are finished, and on one that was in the middle of its epochs."""
+    name = model_in_hand(job)
+    state = f"{name} was next"
+    how = how_to_go_on(job)
+    if job.run and job.run.epochs and job.run.name == name:
+        state = f"{name} had finished {len(job.run.epochs)} of {job.flags.NUM_EPOCHS} epochs"
+        job.tested.append(Tested(trained_entry(job.run, job.data)))
+    if not job.tested:
+        return
+    job.notices.append(f"PARTIAL REPORT: {state} when the run ended early. {cause} {how}")
+    try:
+        report(job)
+    except (Exception, SystemExit) as error:  # what ended the run counts, and has been said
+        say(f"The report on what is finished could not be completed ({reason(error)}).")
 
 
 def prepare(job: Job) -> None:
@@ -1389,7 +1486,9 @@ def stop(message: str, everywhere: bool = False) -> NoReturn:
     """
     if LOCAL_RANK == 0 or everywhere:
         put_out(f"advanced_techniques.py: {message}", "stderr")
-    raise SystemExit(2)
+    ended = SystemExit(2)
+    ended.add_note(message)  # for the report on what was finished before
+    raise ended
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
@@ -3978,4 +4077,9 @@ def stored_run(name: str, saved: dict[str, Any], flags: SimpleNamespace,
 
 if __name__ == "__main__":
     settle_in()
-    main()
+    try:
+        main()
+    except Exception as error:
+        if not hasattr(error, "__notes__"):
+            raise
+        raise SystemExit(1) from None  # its traceback is in a file, as the user was told
