@@ -1125,7 +1125,7 @@ def keep_traceback(error: Exception, flags: SimpleNamespace) -> str:
         file.write_text("".join(lines), "utf-8", "backslashreplace")
     except OSError as refused:
         sentence = f"{file} can't be written ({refused.strerror}), so here is its traceback."
-        print(*lines, sep="", file=sys.stderr, flush=True)
+        put_out("".join(lines), "stderr")
     error.add_note(sentence)  # whoever ends the program need not show it again
     return sentence
 
@@ -1148,7 +1148,7 @@ def say_end(cause: str, error: BaseException, job: Job) -> None:
         say("", f"{cause} {how_to_go_on(job)}")
         return
     if isinstance(error, Exception):
-        print(f"advanced_techniques.py: {cause}", file=sys.stderr, flush=True)
+        put_out(f"advanced_techniques.py: {cause}", "stderr")
     if job.tested or (job.run and job.run.epochs):
         say("", f"{how_to_go_on(job)} {how_to_leave_out(job)}")
 
