@@ -3030,13 +3030,17 @@ def measure_speed(run: Run, data: Data) -> dict[str, Any]:
     fp32, fp32_memory = None, None
     if run.precision is not None:
         mixed, mixed_memory = measure_update(run, data, run.precision, run.micro_batch)
-    if PROCESSES == 1:  # of several, memory that runs out would end the job
+    # Not where memory ran out before, nor of several processes, whose job that would end.
+    if PROCESSES == 1 and run.micro_batch == run.flags.BATCH_SIZE:
         doubled, _ = measure_update(run, data, run.precision, 2 * run.micro_batch)
     if PROCESSES == 1 or run.precision is None:
         fp32, fp32_memory = measure_update(run, data, None, run.micro_batch)
     all_layers = mixed or fp32
+    freezing_saves = None
+    if groups_learning(0, run) < len(run.groups):  # else nothing was ever frozen
+        freezing_saves = 1 - all_layers * spent / (images * len(run.epochs))
     return dict(images_per_second_by_stage=by_stage, images_per_second_all_layers=all_layers,
-                freezing_saves=1 - all_layers * spent / (images * len(run.epochs)),
+                freezing_saves=freezing_saves,
                 fp32_images_per_second=fp32, fp32_peak_bytes=fp32_memory,
                 mixed_images_per_second=mixed, mixed_peak_bytes=mixed_memory,
                 double_batch_images_per_second=doubled)
@@ -3119,7 +3123,8 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 def describe_dataset(data: Data) -> dict[str, Any]:
     """The data set's name, its classes, and how many images play which role."""
     counts = {f"{role}_images": len(data.split[role]) for role in ("train", "validation", "test")}
-    return dict(name=data.name, classes=data.classes, **counts)
+    mapped = data.images.untyped_storage().filename is not None  # as room_for decided
+    return dict(name=data.name, classes=data.classes, memory_mapped=mapped, **counts)
 
 
 def trained_entry(run: Run, data: Data) -> dict[str, Any]:
@@ -3332,8 +3337,9 @@ def speed_lines(model: dict[str, Any], speed: dict[str, Any]) -> list[str]:
     rates = speed["images_per_second_by_stage"].values()
     stages = ", ".join(f"{rate:.0f}" for rate in rates)
     lines = [f"{shown_name(model)}: {stages} training images/s in its stages; "
-             f"{speed['images_per_second_all_layers']:.0f} with all layers learning, so freezing "
-             f"saved {percent(speed['freezing_saves'])} of the time."]
+             f"{speed['images_per_second_all_layers']:.0f} with all layers learning."]
+    if speed["freezing_saves"] is not None:
+        lines.append(f"  So freezing saved {percent(speed['freezing_saves'])} of the time.")
     skipped = sum(epoch["skipped_updates"] for epoch in model["epochs"])
     if skipped:
         lines.append(f"  {skipped} updates had gradients that were not finite, and were skipped.")
@@ -3370,7 +3376,16 @@ def ablation_table(results: dict[str, Any]) -> list[str]:
              heading_row(ABLATION_COLUMNS)]
     for entry in results["ablation"]:
         lines.append(table_row(ABLATION_COLUMNS, ablation_cells(entry)))
+    measured = [entry for entry in results["ablation"] if not entry["why"]]
+    if measured:
+        lines.append(chance_line(len(measured)))
     return lines
+
+
+def chance_line(rows: int) -> str:
+    """How many verdicts chance alone would give: a 95 % interval misses the truth once in 20."""
+    return (f"Had none of them any effect, chance alone would still give {0.05 * rows:.1f} "
+            f"verdicts of \"helps\" or \"hurts\" among these {rows} rows.")
 
 
 def ablation_cells(entry: dict[str, Any]) -> dict[str, str]:
@@ -3404,35 +3419,39 @@ def diagnose(results: dict[str, Any]) -> list[str]:
     for model in results["models"]:
         if model["test_accuracy"] is not None:
             speed = results["speed"].get(model["name"])
-            for finding in diagnose_model(model, speed, results["flags"]):
+            for finding in diagnose_model(model, speed, results):
                 names.setdefault(finding, []).append(shown_name(model))
     found = [f"{', '.join(models)}: {finding}" for finding, models in names.items()]
-    found += diagnose_ensemble(results["ensemble"])
+    found += diagnose_ensemble(results["ensemble"], results["models"])
     found += diagnose_classes(results["classes"] or [])
     return found
 
 
 def diagnose_model(model: dict[str, Any], speed: dict[str, Any] | None,
-                   flags: dict[str, Any]) -> list[str]:
+                   results: dict[str, Any]) -> list[str]:
     """What stands out in one model; speed is None where it was not timed."""
+    flags = results["flags"]
     return [
-        *diagnose_waiting(model["epochs"]),
+        *diagnose_waiting(model["epochs"], results["dataset"]),
         *diagnose_batch(speed, flags),
         *diagnose_precision(model, speed, flags),
         *diagnose_loss_scale(model["epochs"]),
         *diagnose_fit(model["epochs"]),
         *diagnose_stages(model["epochs"]),
-        *diagnose_tta(model),
+        *diagnose_tta(model, flags),
     ]
 
 
-def diagnose_waiting(epochs: list[dict[str, Any]]) -> Iterator[str]:
+def diagnose_waiting(epochs: list[dict[str, Any]], dataset: dict[str, Any]) -> Iterator[str]:
     """Do the images come too slowly?"""
     waited = sum(entry["waiting_seconds"] for entry in epochs)
     share = waited / sum(entry["seconds"] for entry in epochs)
-    if share > 0.1:
-        yield (f"training waited for images for {percent(share)} of its time. Raise MEMORY_GB, "
-               "so that they stay in memory, or lower IMAGE_SIZE.")
+    if share <= 0.1:
+        return
+    advice = "They are in memory already, so only fewer pixels come faster: lower IMAGE_SIZE."
+    if dataset["memory_mapped"]:
+        advice = "They come from a file: raise MEMORY_GB, so that they stay in memory."
+    yield f"training waited for images for {percent(share)} of its time. {advice}"
 
 
 def diagnose_batch(speed: dict[str, Any] | None, flags: dict[str, Any]) -> Iterator[str]:
@@ -3440,11 +3459,11 @@ def diagnose_batch(speed: dict[str, Any] | None, flags: dict[str, Any]) -> Itera
     if not speed or not speed["double_batch_images_per_second"]:
         return
     faster = speed["double_batch_images_per_second"] / speed["images_per_second_all_layers"]
-    if faster > 1.25:
-        steps = max(1, flags["GRADIENT_ACCUMULATION_STEPS"] // 2)
+    steps = flags["GRADIENT_ACCUMULATION_STEPS"]
+    if faster > 1.25 and steps % 2 == 0:  # then the update stays the same, as in what was timed
         yield (f"micro-batches of {flags['BATCH_SIZE']} images don't fill the device: twice as "
                f"many train {faster:.1f} times as many images/s. Try --batch-size "
-               f"{2 * flags['BATCH_SIZE']} --gradient-accumulation-steps {steps}.")
+               f"{2 * flags['BATCH_SIZE']} --gradient-accumulation-steps {steps // 2}.")
 
 
 def diagnose_precision(model: dict[str, Any], speed: dict[str, Any] | None,
@@ -3457,10 +3476,12 @@ def diagnose_precision(model: dict[str, Any], speed: dict[str, Any] | None,
         return
     mixed = speed["mixed_images_per_second"]
     fp32 = speed["fp32_images_per_second"]
-    if mixed < 1.1 * fp32:
-        yield (f"mixed precision brings nothing here ({mixed:.0f} images/s, {fp32:.0f} without): "
-               "the products are too small to be what takes the time. Raise BATCH_SIZE or "
-               "IMAGE_SIZE, or set USE_MIXED_PRECISION to false.")
+    saves_memory = False
+    if speed["mixed_peak_bytes"] and speed["fp32_peak_bytes"]:
+        saves_memory = speed["mixed_peak_bytes"] < 0.9 * speed["fp32_peak_bytes"]
+    if mixed < 1.1 * fp32 and not saves_memory:
+        yield (f"mixed precision brings nothing here ({mixed:.0f} images/s, {fp32:.0f} without, "
+               "and no less memory). USE_MIXED_PRECISION may as well be false.")
 
 
 def diagnose_loss_scale(epochs: list[dict[str, Any]]) -> Iterator[str]:
@@ -3469,7 +3490,7 @@ def diagnose_loss_scale(epochs: list[dict[str, Any]]) -> Iterator[str]:
     last = epochs[-1]["loss_scale"]
     if last <= middle / 4:
         yield (f"the loss scale keeps falling, to {last:g}: gradients overflow FP16 again and "
-               "again. Lower BASE_LEARNING_RATE, or set USE_MIXED_PRECISION to false.")
+               "again. Set USE_MIXED_PRECISION to false: FP32 needs no loss scale.")
 
 
 def diagnose_fit(epochs: list[dict[str, Any]]) -> Iterator[str]:
@@ -3478,9 +3499,14 @@ def diagnose_fit(epochs: list[dict[str, Any]]) -> Iterator[str]:
     gap = last["train_accuracy"] - last["validation_accuracy"]
     best = min(epochs, key=lambda entry: entry["validation_loss"])
     if last["validation_loss"] > 1.1 * best["validation_loss"] and gap > 0.1:
-        yield (f"it overfits: the validation loss was lowest after epoch {best['epoch']}, and "
-               f"training is {points(gap)} points more accurate than validation. Raise "
-               "TRAIN_IMAGES or WEIGHT_DECAY, or lower NUM_EPOCHS.")
+        finding = (f"it overfits: the validation loss was lowest after epoch {best['epoch']}, and "
+                   f"training is {points(gap)} points more accurate than validation.")
+        later = last["validation_accuracy"] - best["validation_accuracy"]
+        if later > 0:
+            yield (f"{finding} But validation accuracy rose by {points(later)} points since: "
+                   "fewer NUM_EPOCHS would cost these.")
+        else:
+            yield f"{finding} Validation accuracy rose no more since: lower NUM_EPOCHS."
     before = epochs[-1 - len(epochs) // 4]
     gained = last["validation_accuracy"] - before["validation_accuracy"]
     if gained > 0.02 and gap < 0.02:
@@ -3497,24 +3523,30 @@ def diagnose_stages(epochs: list[dict[str, Any]]) -> Iterator[str]:
         if before is not None and accuracy <= before:
             idle.append(str(stage))
     if idle:
-        yield (f"unfreezing stage {', '.join(idle)} brought no validation accuracy. Lower "
-               "LAYER_RATE_DECAY, or lower NUM_EPOCHS to save the time.")
+        yield (f"unfreezing stage {', '.join(idle)} brought no validation accuracy. Whether "
+               "unfreezing by stages pays here, --ablation true measures.")
 
 
-def diagnose_tta(model: dict[str, Any]) -> Iterator[str]:
+def diagnose_tta(model: dict[str, Any], flags: dict[str, Any]) -> Iterator[str]:
     """Does test-time augmentation clearly cost accuracy?"""
     interval = model["tta_gain_interval"]
     if interval and interval[1] < 0:
-        yield (f"TTA hurts by {points(model['tta_gain'])} points. Do left and right matter in "
-               "these images? Set HORIZONTAL_FLIP to false, or USE_TTA.")
+        finding = f"TTA hurts by {points(model['tta_gain'])} points. Set USE_TTA to false"
+        if flags["HORIZONTAL_FLIP"]:
+            finding = (f"{finding}; where left and right matter in these images, set "
+                       "HORIZONTAL_FLIP to false instead")
+        yield f"{finding}."
 
 
-def diagnose_ensemble(ensemble: dict[str, Any]) -> Iterator[str]:
+def diagnose_ensemble(ensemble: dict[str, Any], models: list[dict[str, Any]]) -> Iterator[str]:
     """Does voting clearly beat the best single model?"""
-    if ensemble["accuracy"] is not None and ensemble["gain_interval"][0] <= 0:
-        yield ("The ensemble does not clearly help: the models agree on "
-               f"{percent(ensemble['shared_errors'])} of their errors. Train more diverse ones, "
-               "such as --architectures resnet18,convnext_atto,vit_tiny_patch16_224.")
+    if ensemble["accuracy"] is None or ensemble["gain_interval"][0] > 0:
+        return
+    tested = [model for model in models if model["test_accuracy"] is not None]
+    best = tested[best_on_validation(tested)]
+    yield ("The ensemble does not clearly help: the models agree on "
+           f"{percent(ensemble['shared_errors'])} of their errors. With USE_ENSEMBLE false, "
+           f"{shown_name(best)} alone answers, in less time.")
 
 
 def diagnose_classes(classes: list[dict[str, Any]]) -> Iterator[str]:
@@ -3528,8 +3560,8 @@ def diagnose_classes(classes: list[dict[str, Any]]) -> Iterator[str]:
     image_share = worst["images"] / images
     if error_share > 0.5 and error_share > 2 * image_share:
         yield (f"Class {worst['name']} carries {percent(error_share)} of all errors, with "
-               f"{percent(image_share)} of the images: see confusion_matrix.png. Add images of "
-               "it, or raise IMAGE_SIZE if it differs in detail.")
+               f"{percent(image_share)} of the images: confusion_matrix.png in OUTPUT_DIR shows "
+               "what it is taken for.")
 
 
 # ==== 22. Plots ===================================================================================
