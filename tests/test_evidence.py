@@ -258,6 +258,7 @@ def healthy() -> dict:
             precision_why="FP16.",
             epochs=epochs,
             test_accuracy=0.9,
+            validation_accuracy=0.84,
             tta_gain=0.01,
             tta_gain_interval=[0.001, 0.02],
         )
@@ -268,8 +269,11 @@ def healthy() -> dict:
         images_per_second_all_layers=100.0,
         mixed_images_per_second=100.0,
         fp32_images_per_second=50.0,
+        mixed_peak_bytes=None,
+        fp32_peak_bytes=None,
     )
     return dict(
+        dataset=dict(memory_mapped=False),
         models=models,
         speed=dict(first=speed, second=dict(speed)),
         flags=at.FLAGS,

