@@ -1156,12 +1156,28 @@ def say_end(cause: str, error: BaseException, job: Job) -> None:
 
 
 def how_to_go_on(job: Job) -> str:
-    """What can be done after a run that ended early, in sentences."""
+    """What is true and what can be done after a run that ended early, in sentences."""
+    if job.flags.PREDICT:
+        return "No answers were written; the models are as before. The same command starts anew."
+    if not job.run:
+        return ("This run has trained nothing yet. The same command starts anew; what was "
+                "downloaded as a whole is kept.")
+    if not job.tested and not job.run.epochs:
+        return "No epoch was finished yet. The same command starts anew."
+    if all_finished(job):
+        return ("All models are finished and kept. The same command with --resume true writes the "
+                "report, without training.")
     advice = "The same command with --resume true goes on from the last finished epoch."
     names = [tested.entry["name"] for tested in finished_models(job)]
     if names:
         advice = f"{advice} --predict answers with what is finished: {', '.join(names)}."
     return advice
+
+
+def all_finished(job: Job) -> bool:
+    """Whether nothing but the report was left to do."""
+    compared = job.ledger is not None or not job.flags.ABLATION
+    return compared and len(finished_models(job)) == len(job.flags.ARCHITECTURES)
 
 
 def how_to_leave_out(job: Job) -> str:
@@ -1181,12 +1197,12 @@ def report_so_far(cause: str, job: Job) -> None:
     if job.run and job.run.epochs and job.run.name == name:
         state = f"{name} had finished {len(job.run.epochs)} of {job.flags.NUM_EPOCHS} epochs"
         job.tested.append(Tested(trained_entry(job.run, job.data)))
-    if not job.tested:
+    if not job.tested or all_finished(job):
         return
     job.notices.append(f"PARTIAL REPORT: {state} when the run ended early. {cause} {how}")
     try:
         report(job)
-    except (Exception, SystemExit) as error:  # what ended the run counts, and has been said
+    except BaseException as error:  # what ended the run counts, and has been said
         say(f"The report on what is finished could not be completed ({reason(error)}).")
 
 
@@ -4139,8 +4155,8 @@ def plot_predictions(probabilities: Tensor, data: Data) -> Figure:
 def show_prediction(axis: Any, place: int, probabilities: Tensor, data: Data) -> None:
     """One test image, by its place among them, with what its probabilities [classes] say."""
     index = data.split["test"][place]
-    name = plot_name(data.classes[int(probabilities.argmax())], 20)
-    truth = plot_name(data.classes[int(data.labels[index])], 20)
+    name = plot_name(data.classes[int(probabilities.argmax())], 18)
+    truth = plot_name(data.classes[int(data.labels[index])], 18)
     caption = f"{name} {probabilities.max():.0%}"
     colour = GREEN
     if int(probabilities.argmax()) != int(data.labels[index]):

@@ -264,3 +264,71 @@ def test_plots_are_drawn_without_a_deprecated_call(pets, small, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         at.main(small)
+
+
+# ---- Ctrl-C outside of training ----
+
+
+def interrupted(arguments: list[str], capsys) -> str:
+    """What a run says that Ctrl-C ends: with exit code 130."""
+    with pytest.raises(SystemExit) as stopped:
+        at.main(arguments)
+    shown = capsys.readouterr()
+    assert stopped.value.code == 130 and "Traceback" not in shown.out + shown.err
+    return shown.out[shown.out.index("\nInterrupted."):]
+
+
+def press_ctrl_c(*arguments: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["find_file", "fetch_archive"])
+def test_ctrl_c_in_a_download_says_that_nothing_was_trained(
+        place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(at, place, press_ctrl_c)
+    said = interrupted(["--dataset=cifar10", "--image-size=32", "--architectures=test_resnet",
+                        f"--pretrained={'auto' if place == 'find_file' else 'none'}",
+                        f"--output-dir={tmp_path / 'out'}", f"--data-dir={tmp_path}"], capsys)
+    assert "trained nothing yet" in said and "The same command starts anew" in said
+    assert "--resume" not in said
+
+
+def test_ctrl_c_in_the_first_epoch_says_that_none_was_finished(small, monkeypatch, capsys):
+    monkeypatch.setattr(at, "train_epoch", press_ctrl_c)
+    said = interrupted(small, capsys)
+    assert "No epoch was finished yet" in said and "--resume" not in said
+
+
+@pytest.mark.parametrize("place", ["collect_results", "plot_curves"])
+def test_ctrl_c_in_the_final_report_says_that_all_models_are_finished(
+        place, small, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as changed:
+        changed.setattr(at, place, press_ctrl_c)
+        said = interrupted(small, capsys)
+    assert "All models are finished" in said and "PARTIAL REPORT" not in said
+    at.main([*small, "--resume=true"])  # as it was told
+    assert "holds the finished model" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.png"))) == 6
+
+
+def test_ctrl_c_in_the_partial_report_ends_the_run_too(small, monkeypatch, capsys):
+    train_epoch = at.train_epoch
+
+    def second(run, data, epoch):
+        return press_ctrl_c() if epoch else train_epoch(run, data, epoch)
+
+    monkeypatch.setattr(at, "train_epoch", second)
+    monkeypatch.setattr(at, "write_report", press_ctrl_c)
+    said = interrupted([*small, "--num-epochs=2"], capsys)
+    assert "--resume true goes on from the last finished epoch" in said
+    assert "could not be completed" in said
+
+
+def test_ctrl_c_in_a_prediction_says_that_no_answers_were_written(
+        small, pets, tmp_path, monkeypatch, capsys):
+    at.main(small)
+    capsys.readouterr()
+    monkeypatch.setattr(at, "decode_all", press_ctrl_c)
+    said = interrupted([*small, f"--predict={pets}"], capsys)
+    assert "No answers were written" in said and "--resume" not in said
+    assert not (tmp_path / "out" / "predictions.csv").exists()
