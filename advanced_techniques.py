@@ -540,7 +540,19 @@ class Part:
 def updates_an_epoch(data: Data, flags: SimpleNamespace) -> int:
     """How many updates it takes to train on every image once."""
     update = flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS
-    return math.ceil(len(data.split["train"]) / update)
+    return even_parts(len(data.split["train"]), update, PROCESSES)
+
+
+def even_parts(images: int, most: int, shares: int = 1) -> int:
+    """Into how many parts to deal images evenly, of which `most` may be together.
+
+    No share of a part is left with a single image, of which BatchNorm could tell no variance: an
+    odd number in twos has three images in one part. Unless a share may hold only one at most.
+    """
+    count = math.ceil(images / most)
+    if most > shares:
+        count = max(1, min(count, images // (2 * shares)))
+    return count
 
 
 def plan_epoch(run: Run, data: Data, epoch: int) -> list[Part]:
@@ -589,7 +601,7 @@ def micro_batches(run: Run, data: Data, part: Part) -> Iterator[MicroBatch]:
         labels = data.labels[part.chosen].to(part.features.device)
         yield part.features, labels, True
         return
-    count = math.ceil(len(part.chosen) / run.micro_batch)
+    count = even_parts(len(part.chosen), run.micro_batch)
     cuts = zip(part.chosen.tensor_split(count), part.views.tensor_split(count), strict=True)
     for place, (chosen, views) in enumerate(cuts, 1):
         images, labels = data.fetch(chosen, run.device)
@@ -811,7 +823,22 @@ def within_memory(work: Callable[[], Any], run: Run) -> Any:
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
+        except ValueError as error:
+            stop_at_single_image(error, run)
+            raise
         halve_micro_batch(run)  # outside "except", whose traceback would hold the tensors
+
+
+def stop_at_single_image(error: ValueError, run: Run) -> None:
+    """Stop with advice if an error says that BatchNorm was given a single value of a channel."""
+    if "more than 1 value per channel" not in str(error):
+        return
+    advice = f"raise BATCH_SIZE = {run.flags.BATCH_SIZE} to 2 or more"
+    if run.micro_batch < run.flags.BATCH_SIZE:
+        advice = "two images at once don't fit into memory: choose a smaller model"
+    stop(f"{run.name}: its BatchNorm can't train on a single image of IMAGE_SIZE = "
+         f"{run.flags.IMAGE_SIZE}, and {advice}, or one without BatchNorm, such as with "
+         "--architectures vit_tiny_patch16_224.", everywhere=True)
 
 
 def halve_micro_batch(run: Run) -> None:
