@@ -977,6 +977,7 @@ class Tested:
     plain: Tensor | None = None  # probabilities [n, classes]; None where a run was interrupted
     averaged: Tensor | None = None  # the same, averaged over the views of test-time augmentation
     speed: dict[str, Any] | None = None  # its section of the speed report
+    validation: Tensor | None = None  # as averaged, of the validation images; for temperatures
 
 
 def checkpoint_file(run: Run) -> Path:
@@ -1071,6 +1072,8 @@ def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
     run.optimizer.state.clear()  # its averages have served: the memory is worth more
     kept = dict(run=run_signature(run, data))
     if keep:
+        tested.validation = soft_vote(predict(run, data, "validation", tta_views(run.flags)))
+        tested.entry |= calibrate(tested.validation, tested.averaged, data)
         kept = copy.deepcopy(checkpoint(run, data))
     try:
         if keep:
@@ -3007,6 +3010,90 @@ def evaluate_ensemble(finished: list[Tested], labels: Tensor) -> dict[str, Any]:
     )
 
 
+MIN_CALIBRATION_IMAGES = 100  # from fewer, temperatures scatter by a sixth or more (at 90 % right)
+MIN_CALIBRATION_ERRORS = 10  # without mistakes, any certainty would look justified
+
+
+def at_temperature(probabilities: Tensor, temperature: float) -> Tensor:
+    """Probabilities [n, classes] to the power of 1 / temperature, adding up to 1 again: float32.
+
+    That is what dividing the logits by the temperature does to softmax. The order of the classes
+    stays; below 1, the likeliest ones gain.
+    """
+    logits = probabilities.double().clamp(min=1e-12).log()
+    return (logits / temperature).softmax(1).float()
+
+
+def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
+    """The temperature, 0.1 to 10, at which probabilities [n, classes] fit labels [n] best.
+
+    It minimises the negative log-likelihood (Guo et al., 2017), which has a single minimum: a
+    golden-section search over the temperature's logarithm, in float64, narrows it down.
+    """
+    logits = probabilities.double().clamp(min=1e-12).log()
+
+    def loss_at(logarithm: float) -> float:
+        return F.cross_entropy(logits / math.exp(logarithm), labels).item()
+
+    golden = (math.sqrt(5) - 1) / 2
+    low = math.log(0.1)
+    high = math.log(10)
+    while high - low > 1e-5:
+        left = high - golden * (high - low)
+        right = low + golden * (high - low)
+        if loss_at(left) < loss_at(right):
+            high = right
+        else:
+            low = left
+    return math.exp((low + high) / 2)
+
+
+def calibrate(validation: Tensor | None, test: Tensor, data: Data) -> dict[str, Any]:
+    """Fit a temperature to what a model, or the vote, answers; what it does to the test images.
+
+    Both are probabilities [n, classes], of the validation and the test images, answered with the
+    same views as --predict answers. validation is None where an older checkpoint lacks it.
+    """
+    nothing = dict(temperature=None, calibrated_loss=None, calibrated_error=None)
+    if validation is None:
+        return dict(nothing, temperature_why="a checkpoint holds no answers to validation images")
+    truth = data.truth("validation")
+    mistakes = int((~is_right(validation, truth)).sum())
+    if len(truth) < MIN_CALIBRATION_IMAGES:
+        return dict(nothing, temperature_why=f"validation has {len(truth)} images, and it takes "
+                                             f"{MIN_CALIBRATION_IMAGES}")
+    if mistakes < MIN_CALIBRATION_ERRORS:
+        return dict(nothing, temperature_why=f"{mistakes} of {len(truth)} validation images are "
+                                             f"mistaken, and it takes {MIN_CALIBRATION_ERRORS}")
+    temperature = fit_temperature(validation, truth)
+    calibrated = at_temperature(test, temperature)
+    labels = data.truth("test")
+    loss, _ = score(calibrated, labels)
+    error = calibration_error(calibrated, labels)
+    return dict(temperature=temperature, calibrated_loss=loss, calibrated_error=error,
+                temperature_why="")
+
+
+def calibrate_vote(finished: list[Tested], data: Data) -> dict[str, Any]:
+    """The temperature of the models' soft vote, and what it does, as calibrate() says it."""
+    validation = None
+    if all(tested.validation is not None for tested in finished):
+        validation = soft_vote(tested.validation for tested in finished)
+    return calibrate(validation, soft_vote(tested.averaged for tested in finished), data)
+
+
+def final_temperature(results: dict[str, Any]) -> float:
+    """The temperature of what a run answers in the end, from its results; 1 where none was fitted.
+
+    As for final_probabilities, it is the vote's, or that of the model best on validation images.
+    """
+    answering = results["ensemble"]
+    if answering["accuracy"] is None:
+        tested = [model for model in results["models"] if model["test_accuracy"] is not None]
+        answering = tested[best_on_validation(tested)]
+    return answering.get("temperature") or 1.0  # none in the results of an older version
+
+
 def by_class(probabilities: Tensor, labels: Tensor, classes: list[str]) -> list[dict[str, Any]]:
     """Each class's name, its test images, and how many of them are taken for another class."""
     mistaken = labels[~is_right(probabilities, labels)]
@@ -3323,9 +3410,10 @@ def collect_results(job: Job) -> dict[str, Any]:
     labels = job.data.truth("test")
     finished = finished_models(job)
     ensemble = dict.fromkeys(
-        ("accuracy", "tta_accuracy", "gain_over_best", "gain_interval", "disagreement"))
+        ("accuracy", "tta_accuracy", "gain_over_best", "gain_interval", "disagreement",
+         "temperature", "calibrated_loss", "calibrated_error", "temperature_why"))
     if ensemble_votes(job):
-        ensemble = evaluate_ensemble(finished, labels)
+        ensemble = evaluate_ensemble(finished, labels) | calibrate_vote(finished, job.data)
     classes = None
     if finished:
         classes = by_class(final_probabilities(job), labels, job.data.classes)
@@ -3387,7 +3475,8 @@ def trained_entry(run: Run, data: Data) -> dict[str, Any]:
     """A model's entry in results.json as far as training decides it; testing fills the rest."""
     last = run.epochs[-1]
     spent = sum(entry["seconds"] for entry in run.epochs)
-    untested = ["tta_gain", "tta_gain_interval", "tta_gain_chance"]
+    untested = ["tta_gain", "tta_gain_interval", "tta_gain_chance", "temperature",
+                "calibrated_loss", "calibrated_error", "temperature_why"]
     for prefix in ("test_", "tta_"):
         for figure in ("accuracy", "interval", "loss", "calibration_error"):
             untested.append(prefix + figure)
@@ -3421,6 +3510,7 @@ def write_report(results: dict[str, Any], notices: list[str], folder: Path) -> N
     sections = {
         "Notices": notices,
         "Accuracy": accuracy_table(results),
+        "Calibration": calibration_table(results),
         "Speed": speed_table(results),
         "Ablation": ablation_table(results),
         "Diagnosis": diagnosis_lines(results),
@@ -3576,6 +3666,52 @@ def tested_cells(part: dict[str, Any], prefix: str) -> dict[str, str]:
     error = part[f"{prefix}calibration_error"]
     return {"test": percent(accuracy), "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}",
             "NLL": f"{loss:.3f}", "ECE": f"{error:.3f}"}
+
+
+CALIBRATION_COLUMNS = {
+    "model": "{:<40}", "temperature": "{:>11}", "NLL before": "{:>13}", "NLL after": "{:>12}",
+    "ECE before": "{:>13}", "ECE after": "{:>12}",
+}
+
+
+def calibration_table(results: dict[str, Any]) -> list[str]:
+    """The calibration section: what one temperature each does to the models and to the vote."""
+    prefix = "tta_" if results["flags"]["USE_TTA"] else "test_"
+    rows = []
+    for model in results["models"]:
+        if model["test_accuracy"] is not None:
+            rows.append(calibration_row(shown_name(model), model, prefix))
+    if not rows:
+        return []
+    ensemble = results["ensemble"]
+    if ensemble["accuracy"] is not None:
+        prefix = "tta_" if results["flags"]["USE_TTA"] else ""
+        rows.append(calibration_row(f"ensemble of {len(rows)}", ensemble, prefix))
+    validation = results["dataset"]["validation_images"]
+    return [
+        heading_row(CALIBRATION_COLUMNS), *rows,
+        "One temperature a model and one for the vote (Guo et al., 2017): each probability to the "
+        "power of 1/temperature, adding",
+        f"up to 1 again. Fitted on the {validation:,} validation images, shown on the test images, "
+        "with the same views. Below 1: it was",
+        "less sure than it may be. The likeliest class stays the same. --predict answers at this "
+        "temperature.",
+    ]
+
+
+def calibration_row(name: str, part: dict[str, Any], prefix: str) -> str:
+    """The row of a model, or of the ensemble; prefix: of its figures before."""
+    if part["temperature"] is None:
+        return f"{name:<40} not fitted: {part['temperature_why']}"
+    cells = {
+        "model": name,
+        "temperature": f"{part['temperature']:.2f}",
+        "NLL before": f"{part[prefix + 'loss']:.3f}",
+        "NLL after": f"{part['calibrated_loss']:.3f}",
+        "ECE before": f"{part[prefix + 'calibration_error']:.3f}",
+        "ECE after": f"{part['calibrated_error']:.3f}",
+    }
+    return table_row(CALIBRATION_COLUMNS, cells)
 
 
 def speed_table(results: dict[str, Any]) -> list[str]:
@@ -3847,12 +3983,13 @@ def draw_plots(job: Job, results: dict[str, Any]) -> dict[str, Figure | None]:
         return {}
     final = final_probabilities(job)
     labels = job.data.truth("test")
+    believed = at_temperature(final, final_temperature(results))  # as --predict would answer
     drawings = dict(
         training_curves=(plot_curves, results),
         accuracy_against_cost=(plot_time, results),
         confusion_matrix=(plot_confusion, final, labels, job.data.classes),
         class_accuracy=(plot_classes, results["classes"]),
-        predictions=(plot_predictions, final, job.data),
+        predictions=(plot_predictions, believed, job.data),
     )
     if job.ledger:
         drawings["ablation"] = (plot_ablation, job.ledger)
@@ -4225,7 +4362,7 @@ def predict_files(job: Job) -> None:
     """Classify an image, or all images below a folder, by the soft vote of the trained models."""
     target = Path(job.flags.PREDICT)
     paths = files_below(target) if target.is_dir() else [target]
-    runs, classes, stored_size = stored_models(job)
+    runs, classes, stored_size, temperature = stored_models(job)
     images, unreadable = decode_all(paths, stored_size, runs[0].flags)
     for message in unreadable.values():
         put_out(f"Left out, for it can't be read as an image: {message}", "stderr")
@@ -4237,7 +4374,7 @@ def predict_files(job: Job) -> None:
     answers = []
     for run in runs:
         answers.append(soft_vote(predict(run, data, "test", tta_views(run.flags))))
-    best = soft_vote(answers).topk(min(3, len(classes)))
+    best = at_temperature(soft_vote(answers), temperature).topk(min(3, len(classes)))
     rows = []
     for place, shares, labels in zip(readable, best.values.tolist(), best.indices.tolist(),
                                      strict=True):
@@ -4268,12 +4405,13 @@ def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int
     say(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
 
 
-def stored_models(job: Job) -> tuple[list[Run], list[str], int]:
-    """The models in OUTPUT_DIR that answer, their classes, and the size of decoded images."""
+def stored_models(job: Job) -> tuple[list[Run], list[str], int, float]:
+    """The models in OUTPUT_DIR that answer, their classes, size of decoded images, temperature."""
     file = Path(job.flags.OUTPUT_DIR, "results.json")
     runs = []
     classes: list[str] = []
     stored_size = 0
+    temperature = 1.0
     try:
         results = json.loads(file.read_text("utf-8"))
         finished = [entry for entry in results["models"] if entry["test_accuracy"] is not None]
@@ -4281,6 +4419,7 @@ def stored_models(job: Job) -> tuple[list[Run], list[str], int]:
             finished = [max(finished, key=lambda entry: entry["validation_accuracy"])]
         if finished:
             classes = results["dataset"]["classes"]
+            temperature = final_temperature(results)
         here = {name: getattr(job.flags, name) for name in ("DATA_DIR", "OUTPUT_DIR", "MEMORY_GB")}
         used = SimpleNamespace(**FLAGS | results["flags"] | here | dict(COMPILE=False))
         for entry in finished:
@@ -4302,7 +4441,7 @@ def stored_models(job: Job) -> tuple[list[Run], list[str], int]:
     if not runs:
         stop(f"PREDICT: the run in {job.flags.OUTPUT_DIR}/ was interrupted before a model was "
              "finished. Go on with --resume true.")
-    return runs, classes, stored_size
+    return runs, classes, stored_size, temperature
 
 
 def stored_run(name: str, saved: dict[str, Any], flags: SimpleNamespace,
