@@ -610,7 +610,9 @@ def micro_batches(run: Run, data: Data, part: Part) -> Iterator[MicroBatch]:
 
 def views_to_keep(run: Run, epoch: int, images: int) -> int:
     """How many views' features to keep: none once the backbone learns, nor more than MEMORY_GB."""
-    if groups_learning(epoch, run) > 1:
+    if groups_learning(epoch, run) > 1 or run.flags.FEATURE_VIEWS == 0:
+        return 0
+    if not has_plain_head(run.weights.architecture, run.flags.IMAGE_SIZE):
         return 0
     bytes_of_view = 4 * images * run.network.num_features
     return min(run.flags.FEATURE_VIEWS, int(run.flags.MEMORY_GB * 1e9 / bytes_of_view))
@@ -619,6 +621,31 @@ def views_to_keep(run: Run, epoch: int, images: int) -> int:
 def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
     """What the backbone hands to the head: images [n, 3, size, size] -> [n, channels]."""
     return network.forward_head(network.forward_features(images), pre_logits=True)
+
+
+@functools.cache
+def has_plain_head(architecture: str, size: int) -> bool:
+    """Whether a network is its classifier on pooled features: only then they stand for an image.
+
+    A network of its own, with random weights, is asked both ways about two random images: first
+    on the meta device, which takes no time and shows whether the shapes fit at all.
+    """
+    flags = SimpleNamespace(IMAGE_SIZE=size)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # the run's numbers stay
+            for device in ("meta", "cpu"):
+                with torch.device(device):
+                    network = new_network(architecture, 2, flags).eval()
+                    images = torch.rand(2, 3, size, size)
+                    for parameter in network.get_classifier().parameters():
+                        nn.init.normal_(parameter)  # some start at zero, which would hide much
+                    parts = network.get_classifier()(pooled_features(network, images))
+                    whole = network(images)
+                if parts.shape != whole.shape:
+                    return False
+            return torch.allclose(parts, whole, rtol=1e-3, atol=1e-4)
+    except Exception:  # timm's networks differ: what can't be taken apart raises nearly anything
+        return False
 
 
 @torch.no_grad()
@@ -1606,10 +1633,10 @@ def check_image_size(flags: SimpleNamespace) -> None:
         try:
             with torch.device("meta"):
                 network = new_network(name, 2, flags)
-                if not isinstance(network.get_classifier(), nn.Module):
-                    stop(f"ARCHITECTURES: {name} has several heads, which this script can't train. "
-                         "Choose another.")
-                network(torch.zeros(flags.BATCH_SIZE, 3, size, size))
+                check_parts(name, network)
+                images = torch.zeros(flags.BATCH_SIZE, 3, size, size)
+                check_answer(name, network.train()(images))
+                check_answer(name, network.eval()(images))
         except NotImplementedError:
             continue  # a layer that the meta device lacks: the real device will tell
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -1617,6 +1644,25 @@ def check_image_size(flags: SimpleNamespace) -> None:
             stop(f"IMAGE_SIZE = {size}, BATCH_SIZE = {flags.BATCH_SIZE}: {name} can't train on "
                  f"such batches ({reason(error)}). Choose other values, such as the size "
                  f"{made_for} that it was made for.")
+
+
+def check_parts(name: str, network: nn.Module) -> None:
+    """Stop if a network has no single head, or timm can't cut it into layer groups."""
+    if not isinstance(network.get_classifier(), nn.Module):
+        stop(f"ARCHITECTURES: {name} has several heads, which this script can't train. "
+             "Choose another.")
+    try:
+        layer_groups(network)
+    except Exception as error:  # timm's networks lack it in different ways
+        stop(f"ARCHITECTURES: timm can't cut {name} into layer groups ({reason(error)}), so this "
+             "script can't train it. Choose another.")
+
+
+def check_answer(name: str, answer: Any) -> None:
+    """Stop if a network doesn't answer with a number for each image and class."""
+    if not isinstance(answer, Tensor) or answer.ndim != 2 or answer.shape[1] != 2:
+        stop(f"ARCHITECTURES: {name} answers an image with more than a number for each class, "
+             "which this script can't train. Choose another.")
 
 
 # ==== 16. Data: where images come from, and who learns from which =================================
