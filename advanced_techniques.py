@@ -990,9 +990,10 @@ def compile_network(network: nn.Module) -> None:
 
 # ==== 13. Checkpoints, and going on from them =====================================================
 
+# Flags that don't change one model's training, or are put otherwise in its signature
 PER_RUN = ("ARCHITECTURES", "SEED", "USE_ENSEMBLE", "ABLATION", "ABLATION_SEEDS",
            "SKIP_UNREADABLE", "RESUME", "PREDICT", "DATA_DIR", "OUTPUT_DIR", "BATCH_SIZE",
-           "GRADIENT_ACCUMULATION_STEPS")  # don't change one model's training, or are put otherwise
+           "GRADIENT_ACCUMULATION_STEPS", "DATASET", "MEMORY_GB")
 
 
 @dataclass
@@ -1019,7 +1020,11 @@ def run_signature(run: Run, data: Data) -> dict[str, Any]:
     # Downloaded once, the same weights are cached from then on.
     signature["the model's first weights"] = run.weights.origin.removesuffix(" (cached)")
     signature["SEED plus the model's place in ARCHITECTURES"] = run.seed
+    signature["PRETRAINED"] = os.path.normpath(run.flags.PRETRAINED)
+    # Whatever they are called and wherever they lie, the images and their classes decide.
     signature["the checksum of the images"] = data.fingerprint
+    class_names = "\n".join(data.classes)
+    signature["the checksum of the class names"] = zlib.crc32(printable(class_names).encode())
     return signature
 
 
@@ -1041,26 +1046,31 @@ def save_checkpoint(run: Run, data: Data) -> None:
     Stage, rate, order and augmentation are functions of the epoch. So these are its weights, its
     optimiser and its loss scale.
     """
-    state = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
+    state = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
+                 precision=str(run.precision))
     saved = checkpoint(run, data) | state
     write_whole(checkpoint_file(run), functools.partial(torch.save, saved))
 
 
 def resume(run: Run, data: Data) -> Tested | None:
     """With RESUME: return a finished model, or put an unfinished run back to where it was."""
+    file = checkpoint_file(run)
     if not run.flags.RESUME:
+        if file.is_file():
+            say(f"  {file} is there from an earlier run, and is overwritten after this model's "
+                "first epoch. To go on from it, press Ctrl-C before and add --resume true.")
         return None
     saved = from_first_process(lambda: read_checkpoint(run, data))
     if not saved:
         return None
-    file = checkpoint_file(run)
     if "finished" in saved:
         say(f"  RESUME: {file} holds the finished model.")
         return Tested(**saved["finished"])
     say(f"  RESUME: {file} holds {len(saved['epochs'])} of {run.flags.NUM_EPOCHS} epochs.")
     run.network.load_state_dict(saved["state_dict"])
     run.optimizer.load_state_dict(saved["optimizer"])
-    run.scaler.load_state_dict(saved["scaler"])
+    if saved.get("precision") == str(run.precision):  # another device may have another one
+        run.scaler.load_state_dict(saved["scaler"])
     run.epochs = saved["epochs"]
     run.micro_batch = min(saved["micro_batch"] or run.flags.BATCH_SIZE, run.flags.BATCH_SIZE)
     return None
@@ -1070,6 +1080,7 @@ def read_checkpoint(run: Run, data: Data) -> dict[str, Any] | None:
     """What was saved of this model, or None; sets a damaged file aside, stops for another run's."""
     file = checkpoint_file(run)
     if not file.is_file():
+        say(f"  RESUME: {file} is not there; {run.name} starts from its first epoch.")
         return None
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
