@@ -988,6 +988,15 @@ def compile_network(network: nn.Module) -> None:
     network.compile()
 
 
+def check_compiler(device: torch.device) -> None:
+    """Stop if torch.compile can't work here, tried on a product that takes seconds to compile."""
+    try:
+        torch.compile(lambda numbers: numbers * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # compilers are missing or fail in many ways
+        stop(f"COMPILE: torch.compile doesn't work here ({reason(error)[:200]}). Install what it "
+             "misses, on Linux mostly the package g++, or use --compile false.")
+
+
 # ==== 13. Checkpoints, and going on from them =====================================================
 
 # Flags that don't change one model's training, or are put otherwise in its signature
@@ -1259,6 +1268,8 @@ def prepare(job: Job) -> None:
     job.flags = small_profile(job.flags, job.device)
     check_image_size(job.flags)
     check_update(job.flags, job.flags.TRAIN_IMAGES or 10**9)
+    if job.flags.COMPILE:
+        check_compiler(job.device)
     if PROCESSES > 1:  # those that torchrun started, on this machine and elsewhere
         backend = distributed.get_default_backend_for_device(job.device)
         distributed.init_process_group(backend, timeout=timedelta(days=1))  # decoding takes a while
