@@ -611,7 +611,9 @@ def micro_batches(run: Run, data: Data, part: Part) -> Iterator[MicroBatch]:
 
 def views_to_keep(run: Run, epoch: int, images: int) -> int:
     """How many views' features to keep: none once the backbone learns, nor more than MEMORY_GB."""
-    if groups_learning(epoch, run) > 1:
+    if groups_learning(epoch, run) > 1 or run.flags.FEATURE_VIEWS == 0:
+        return 0
+    if not has_plain_head(run.weights.architecture, run.flags.IMAGE_SIZE):
         return 0
     bytes_of_view = 4 * images * run.network.num_features
     return min(run.flags.FEATURE_VIEWS, int(run.flags.MEMORY_GB * 1e9 / bytes_of_view))
@@ -620,6 +622,31 @@ def views_to_keep(run: Run, epoch: int, images: int) -> int:
 def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
     """What the backbone hands to the head: images [n, 3, size, size] -> [n, channels]."""
     return network.forward_head(network.forward_features(images), pre_logits=True)
+
+
+@functools.cache
+def has_plain_head(architecture: str, size: int) -> bool:
+    """Whether a network is its classifier on pooled features: only then they stand for an image.
+
+    A network of its own, with random weights, is asked both ways about two random images: first
+    on the meta device, which takes no time and shows whether the shapes fit at all.
+    """
+    flags = SimpleNamespace(IMAGE_SIZE=size)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # the run's numbers stay
+            for device in ("meta", "cpu"):
+                with torch.device(device):
+                    network = new_network(architecture, 2, flags).eval()
+                    images = torch.rand(2, 3, size, size)
+                    for parameter in network.get_classifier().parameters():
+                        nn.init.normal_(parameter)  # some start at zero, which would hide much
+                    parts = network.get_classifier()(pooled_features(network, images))
+                    whole = network(images)
+                if parts.shape != whole.shape:
+                    return False
+            return torch.allclose(parts, whole, rtol=1e-3, atol=1e-4)
+    except Exception:  # timm's networks differ: what can't be taken apart raises nearly anything
+        return False
 
 
 @torch.no_grad()
@@ -962,11 +989,21 @@ def compile_network(network: nn.Module) -> None:
     network.compile()
 
 
+def check_compiler(device: torch.device) -> None:
+    """Stop if torch.compile can't work here, tried on a product that takes seconds to compile."""
+    try:
+        torch.compile(lambda numbers: numbers * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # compilers are missing or fail in many ways
+        stop(f"COMPILE: torch.compile doesn't work here ({reason(error)[:200]}). Install what it "
+             "misses, on Linux mostly the package g++, or use --compile false.")
+
+
 # ==== 13. Checkpoints, and going on from them =====================================================
 
+# Flags that don't change one model's training, or are put otherwise in its signature
 PER_RUN = ("ARCHITECTURES", "SEED", "USE_ENSEMBLE", "ABLATION", "ABLATION_SEEDS",
            "SKIP_UNREADABLE", "RESUME", "PREDICT", "DATA_DIR", "OUTPUT_DIR", "BATCH_SIZE",
-           "GRADIENT_ACCUMULATION_STEPS")  # don't change one model's training, or are put otherwise
+           "GRADIENT_ACCUMULATION_STEPS", "DATASET", "MEMORY_GB")
 
 
 @dataclass
@@ -994,7 +1031,11 @@ def run_signature(run: Run, data: Data) -> dict[str, Any]:
     # Downloaded once, the same weights are cached from then on.
     signature["the model's first weights"] = run.weights.origin.removesuffix(" (cached)")
     signature["SEED plus the model's place in ARCHITECTURES"] = run.seed
+    signature["PRETRAINED"] = os.path.normpath(run.flags.PRETRAINED)
+    # Whatever they are called and wherever they lie, the images and their classes decide.
     signature["the checksum of the images"] = data.fingerprint
+    class_names = "\n".join(data.classes)
+    signature["the checksum of the class names"] = zlib.crc32(printable(class_names).encode())
     return signature
 
 
@@ -1016,26 +1057,31 @@ def save_checkpoint(run: Run, data: Data) -> None:
     Stage, rate, order and augmentation are functions of the epoch. So these are its weights, its
     optimiser and its loss scale.
     """
-    state = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
+    state = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict(),
+                 precision=str(run.precision))
     saved = checkpoint(run, data) | state
     write_whole(checkpoint_file(run), functools.partial(torch.save, saved))
 
 
 def resume(run: Run, data: Data) -> Tested | None:
     """With RESUME: return a finished model, or put an unfinished run back to where it was."""
+    file = checkpoint_file(run)
     if not run.flags.RESUME:
+        if file.is_file():
+            say(f"  {file} is there from an earlier run, and is overwritten after this model's "
+                "first epoch. To go on from it, press Ctrl-C before and add --resume true.")
         return None
     saved = from_first_process(lambda: read_checkpoint(run, data))
     if not saved:
         return None
-    file = checkpoint_file(run)
     if "finished" in saved:
         say(f"  RESUME: {file} holds the finished model.")
         return Tested(**saved["finished"])
     say(f"  RESUME: {file} holds {len(saved['epochs'])} of {run.flags.NUM_EPOCHS} epochs.")
     run.network.load_state_dict(saved["state_dict"])
     run.optimizer.load_state_dict(saved["optimizer"])
-    run.scaler.load_state_dict(saved["scaler"])
+    if saved.get("precision") == str(run.precision):  # another device may have another one
+        run.scaler.load_state_dict(saved["scaler"])
     run.epochs = saved["epochs"]
     run.micro_batch = min(saved["micro_batch"] or run.flags.BATCH_SIZE, run.flags.BATCH_SIZE)
     return None
@@ -1045,6 +1091,7 @@ def read_checkpoint(run: Run, data: Data) -> dict[str, Any] | None:
     """What was saved of this model, or None; sets a damaged file aside, stops for another run's."""
     file = checkpoint_file(run)
     if not file.is_file():
+        say(f"  RESUME: {file} is not there; {run.name} starts from its first epoch.")
         return None
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -1242,6 +1289,8 @@ def prepare(job: Job) -> None:
     job.flags = small_profile(job.flags, job.device)
     check_image_size(job.flags)
     check_update(job.flags, job.flags.TRAIN_IMAGES or 10**9)
+    if job.flags.COMPILE:
+        check_compiler(job.device)
     if PROCESSES > 1:  # those that torchrun started, on this machine and elsewhere
         backend = distributed.get_default_backend_for_device(job.device)
         distributed.init_process_group(backend, timeout=timedelta(days=1))  # decoding takes a while
@@ -1734,10 +1783,10 @@ def check_image_size(flags: SimpleNamespace) -> None:
         try:
             with torch.device("meta"):
                 network = new_network(name, 2, flags)
-                if not isinstance(network.get_classifier(), nn.Module):
-                    stop(f"ARCHITECTURES: {name} has several heads, which this script can't train. "
-                         "Choose another.")
-                network(torch.zeros(flags.BATCH_SIZE, 3, size, size))
+                check_parts(name, network)
+                images = torch.zeros(flags.BATCH_SIZE, 3, size, size)
+                check_answer(name, network.train()(images))
+                check_answer(name, network.eval()(images))
         except NotImplementedError:
             continue  # a layer that the meta device lacks: the real device will tell
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -1745,6 +1794,25 @@ def check_image_size(flags: SimpleNamespace) -> None:
             stop(f"IMAGE_SIZE = {size}, BATCH_SIZE = {flags.BATCH_SIZE}: {name} can't train on "
                  f"such batches ({reason(error)}). Choose other values, such as the size "
                  f"{made_for} that it was made for.")
+
+
+def check_parts(name: str, network: nn.Module) -> None:
+    """Stop if a network has no single head, or timm can't cut it into layer groups."""
+    if not isinstance(network.get_classifier(), nn.Module):
+        stop(f"ARCHITECTURES: {name} has several heads, which this script can't train. "
+             "Choose another.")
+    try:
+        layer_groups(network)
+    except Exception as error:  # timm's networks lack it in different ways
+        stop(f"ARCHITECTURES: timm can't cut {name} into layer groups ({reason(error)}), so this "
+             "script can't train it. Choose another.")
+
+
+def check_answer(name: str, answer: Any) -> None:
+    """Stop if a network doesn't answer with a number for each image and class."""
+    if not isinstance(answer, Tensor) or answer.ndim != 2 or answer.shape[1] != 2:
+        stop(f"ARCHITECTURES: {name} answers an image with more than a number for each class, "
+             "which this script can't train. Choose another.")
 
 
 # ==== 16. Data: where images come from, and who learns from which =================================

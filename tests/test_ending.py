@@ -44,7 +44,7 @@ def arguments(tmp_path, monkeypatch):
 ENDS = [  # the function that fails, the calls before it does, with what, and what is finished
     ("train_epoch", 3, RuntimeError("shapes don't fit"), [2, 1]),
     ("train_epoch", 2, ValueError("no epoch yet"), [2]),
-    ("predict", 5, AssertionError(), [2, 2]),
+    ("judge_model", 1, AssertionError(), [2, 2]),
     ("new_run", 1, KeyError("no such head"), [2]),
     ("save_checkpoint", 3, RuntimeError("first line\nsecond line"), [2, 2]),
     ("stop_if_loss_is_lost", 3, None, [2, 1]),
