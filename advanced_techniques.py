@@ -46,6 +46,8 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -57,7 +59,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 import huggingface_hub
 import numpy as np
@@ -67,7 +69,6 @@ import torchvision
 from huggingface_hub import constants as hub
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from timm.models import group_parameters
 from torch import Tensor, distributed, nn
@@ -125,7 +126,7 @@ FLAGS = {name: value for name, value in list(globals().items()) if re.fullmatch(
 def main(arguments: list[str] | None = None) -> None:
     """Load the data, train and test each backbone in turn, let them vote, report."""
     job = Job(read_flags(arguments), choose_device())
-    with report_if_interrupted(job):
+    with release_output(job), report_if_interrupted(job):
         if job.flags.PREDICT:
             predict_files(job)
             return
@@ -138,10 +139,10 @@ def main(arguments: list[str] | None = None) -> None:
         for place, name in enumerate(model_names(flags.ARCHITECTURES)):
             job.run = new_run(name, job.weights[place], flags.SEED + place, job)
             job.tested.append(train_and_test(job.run, job.data))
-            job.rates = job.rates or plot_rates(job.run, job.data)
+            job.rates = job.rates or drawn("learning_rates", plot_rates, job.run, job.data)
         if flags.ABLATION:
             job.ledger = ablate(job)
-    report(job)  # with the soft vote of all models
+        report(job)  # with the soft vote of all models
     leave_processes()
 
 
@@ -540,7 +541,19 @@ class Part:
 def updates_an_epoch(data: Data, flags: SimpleNamespace) -> int:
     """How many updates it takes to train on every image once."""
     update = flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS
-    return math.ceil(len(data.split["train"]) / update)
+    return even_parts(len(data.split["train"]), update, PROCESSES)
+
+
+def even_parts(images: int, most: int, shares: int = 1) -> int:
+    """Into how many parts to deal images evenly, of which `most` may be together.
+
+    No share of a part is left with a single image, of which BatchNorm could tell no variance: an
+    odd number in twos has three images in one part. Unless a share may hold only one at most.
+    """
+    count = math.ceil(images / most)
+    if most > shares:
+        count = max(1, min(count, images // (2 * shares)))
+    return count
 
 
 def plan_epoch(run: Run, data: Data, epoch: int) -> list[Part]:
@@ -589,7 +602,7 @@ def micro_batches(run: Run, data: Data, part: Part) -> Iterator[MicroBatch]:
         labels = data.labels[part.chosen].to(part.features.device)
         yield part.features, labels, True
         return
-    count = math.ceil(len(part.chosen) / run.micro_batch)
+    count = even_parts(len(part.chosen), run.micro_batch)
     cuts = zip(part.chosen.tensor_split(count), part.views.tensor_split(count), strict=True)
     for place, (chosen, views) in enumerate(cuts, 1):
         images, labels = data.fetch(chosen, run.device)
@@ -811,7 +824,22 @@ def within_memory(work: Callable[[], Any], run: Run) -> Any:
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
+        except ValueError as error:
+            stop_at_single_image(error, run)
+            raise
         halve_micro_batch(run)  # outside "except", whose traceback would hold the tensors
+
+
+def stop_at_single_image(error: ValueError, run: Run) -> None:
+    """Stop with advice if an error says that BatchNorm was given a single value of a channel."""
+    if "more than 1 value per channel" not in str(error):
+        return
+    advice = f"raise BATCH_SIZE = {run.flags.BATCH_SIZE} to 2 or more"
+    if run.micro_batch < run.flags.BATCH_SIZE:
+        advice = "two images at once don't fit into memory: choose a smaller model"
+    stop(f"{run.name}: its BatchNorm can't train on a single image of IMAGE_SIZE = "
+         f"{run.flags.IMAGE_SIZE}, and {advice}, or one without BatchNorm, such as with "
+         "--architectures vit_tiny_patch16_224.", everywhere=True)
 
 
 def halve_micro_batch(run: Run) -> None:
@@ -1049,10 +1077,25 @@ def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
         tested.validation = soft_vote(predict(run, data, "validation", tta_views(run.flags)))
         tested.entry |= calibrate(tested.validation, tested.averaged, data)
         kept = copy.deepcopy(checkpoint(run, data))
-        tested.speed = measure_speed(run, data)
-        tested.architecture = measure_architecture(run, data)
-    kept["finished"] = vars(tested)
-    write_whole(checkpoint_file(run), functools.partial(torch.save, kept))
+    try:
+        if keep:
+            tested.speed = measured(measure_speed, run, data)
+            tested.architecture = measured(measure_architecture, run, data)
+    finally:  # also when it is interrupted
+        kept["finished"] = vars(tested)
+        write_whole(checkpoint_file(run), functools.partial(torch.save, kept))
+
+
+def measured(measure: Callable[[Run, Data], dict[str, Any]], run: Run,
+             data: Data) -> dict[str, Any] | None:
+    """What measure() says of a model, or None where its speed can't be measured: it is finished."""
+    try:
+        return measure(run, data)
+    except (Exception, SystemExit) as error:
+        if PROCESSES > 1:  # the others would wait for this one
+            raise
+        say(f"  {run.name} is finished, but its speed could not be measured ({reason(error)}).")
+    return None
 
 
 # ==== 14. Processes, files, messages ==============================================================
@@ -1077,30 +1120,129 @@ class Job:
     tested: list[Tested] = field(default_factory=list)
     rates: Figure | None = None  # the plot of the first model's learning rates
     ledger: list[dict[str, Any]] | None = None  # what each technique is worth
+    lock: BinaryIO | None = None  # held while it writes to OUTPUT_DIR
 
 
 @contextlib.contextmanager
 def report_if_interrupted(job: Job) -> Iterator[None]:
-    """After Ctrl-C, report what there is, a model in the middle of its epochs included."""
+    """Whatever ends a run early, report what there is, a model in the middle of its epochs too.
+
+    Ctrl-C ends with exit code 130. A stop and an unexpected error go on as they are.
+    """
     try:
         yield
-    except KeyboardInterrupt:
-        say("", "Interrupted. The same command with --resume true goes on from the last finished "
-            "epoch.")
-        reported = [tested.entry["name"] for tested in job.tested]
-        if job.run and job.run.epochs and job.run.name not in reported:
-            job.tested.append(Tested(trained_entry(job.run, job.data)))
-        if job.tested:
-            last = job.tested[-1].entry
-            job.notices.append(f"PARTIAL REPORT: interrupted after {last['name']} had finished "
-                               f"{len(last['epochs'])} of {job.flags.NUM_EPOCHS} epochs.")
-            report(job)
-        raise SystemExit(130) from None
+    except BaseException as error:
+        cause = why_it_ended(error, job)
+        say_end(cause, error, job)
+        report_so_far(cause, job)
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
+
+
+def why_it_ended(error: BaseException, job: Job) -> str:
+    """What ended a run early, in sentences; an unexpected error's traceback goes to a file."""
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted."
+    if isinstance(error, Exception):
+        kind = type(error).__name__
+        return (f"An unexpected error ended {model_in_hand(job)} ({kind}: {reason(error)[:200]}). "
+                f"{keep_traceback(error, job.flags)}")
+    return " ".join(getattr(error, "__notes__", [f"Ended by {type(error).__name__}."]))
+
+
+def keep_traceback(error: Exception, flags: SimpleNamespace) -> str:
+    """Write an error's traceback to a file in OUTPUT_DIR; a sentence that says which."""
+    file = Path(flags.OUTPUT_DIR, f"error_{RANK}.txt" if RANK else "error.txt")
+    lines = traceback.format_exception(error)
+    sentence = f"Its traceback is in {file}."
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(lines), "utf-8", "backslashreplace")
+    except OSError as refused:
+        sentence = f"{file} can't be written ({refused.strerror}), so here is its traceback."
+        put_out("".join(lines), "stderr")
+    error.add_note(sentence)  # whoever ends the program need not show it again
+    return sentence
+
+
+def model_in_hand(job: Job) -> str:
+    """What a run was about when it ended early: the next model's name, or what comes after all."""
+    names = model_names(job.flags.ARCHITECTURES)
+    if job.flags.PREDICT:
+        return "the prediction"
+    if not job.data:
+        return "the run before its first model"
+    if len(job.tested) < len(names):
+        return names[len(job.tested)]
+    return "the ablation" if job.flags.ABLATION else "the report"
+
+
+def say_end(cause: str, error: BaseException, job: Job) -> None:
+    """Tell the user what ended the run early, and how to go on. A stop has given its message."""
+    if isinstance(error, KeyboardInterrupt):
+        say("", f"{cause} {how_to_go_on(job)}")
+        return
+    if isinstance(error, Exception):
+        put_out(f"advanced_techniques.py: {cause}", "stderr")
+    if job.tested or (job.run and job.run.epochs):
+        say("", f"{how_to_go_on(job)} {how_to_leave_out(job)}")
+
+
+def how_to_go_on(job: Job) -> str:
+    """What is true and what can be done after a run that ended early, in sentences."""
+    if job.flags.PREDICT:
+        return "No answers were written; the models are as before. The same command starts anew."
+    if not job.run:
+        return ("This run has trained nothing yet. The same command starts anew; what was "
+                "downloaded as a whole is kept.")
+    if not job.tested and not job.run.epochs:
+        return "No epoch was finished yet. The same command starts anew."
+    if all_finished(job):
+        return ("All models are finished and kept. The same command with --resume true writes the "
+                "report, without training.")
+    advice = "The same command with --resume true goes on from the last finished epoch."
+    names = [tested.entry["name"] for tested in finished_models(job)]
+    if names:
+        advice = f"{advice} --predict answers with what is finished: {', '.join(names)}."
+    return advice
+
+
+def all_finished(job: Job) -> bool:
+    """Whether nothing but the report was left to do."""
+    compared = job.ledger is not None or not job.flags.ABLATION
+    return compared and len(finished_models(job)) == len(job.flags.ARCHITECTURES)
+
+
+def how_to_leave_out(job: Job) -> str:
+    """How to finish without the model that ended a run, in a sentence; "" if nothing is left."""
+    name = model_in_hand(job)
+    others = [other for other in job.flags.ARCHITECTURES if other != name]
+    if name not in job.flags.ARCHITECTURES or not others:
+        return ""
+    return f"Without {name}: --architectures {','.join(others)} --resume true."
+
+
+def report_so_far(cause: str, job: Job) -> None:
+    """Report on the models that are finished, and on one that was in the middle of its epochs."""
+    name = model_in_hand(job)
+    state = f"{name} was next"
+    how = how_to_go_on(job)
+    if job.run and job.run.epochs and job.run.name == name:
+        state = f"{name} had finished {len(job.run.epochs)} of {job.flags.NUM_EPOCHS} epochs"
+        job.tested.append(Tested(trained_entry(job.run, job.data)))
+    if not job.tested or all_finished(job):
+        return
+    job.notices.append(f"PARTIAL REPORT: {state} when the run ended early. {cause} {how}")
+    try:
+        report(job)
+    except BaseException as error:  # what ended the run counts, and has been said
+        say(f"The report on what is finished could not be completed ({reason(error)}).")
 
 
 def prepare(job: Job) -> None:
     """Fit the flags to the device, refuse what can't work on it, meet the other processes."""
-    check_output(job.flags)
+    job.lock = check_output(job.flags)
     job.flags = small_profile(job.flags, job.device)
     check_image_size(job.flags)
     check_update(job.flags, job.flags.TRAIN_IMAGES or 10**9)
@@ -1171,7 +1313,7 @@ def wait_for(work: Callable[[], Any], what: str, seconds: float,
 
     threading.Thread(target=run, daemon=True).start()
     size, moved, spoken = arrived(), time.monotonic(), time.monotonic()
-    disable = None if total else True  # None: silent where the output is no terminal
+    disable = not total or not on_terminal()
     unit = dict(unit="B", unit_scale=True)
     with tqdm(total=total, desc=what, leave=False, disable=disable, **unit) as bar:
         while not wait([outcome], timeout=0.2).done:
@@ -1183,9 +1325,9 @@ def wait_for(work: Callable[[], Any], what: str, seconds: float,
                 raise TimeoutError(f"nothing has arrived for {seconds:.0f} seconds")
             if now - max(moved, spoken) > SPEAK_SECONDS:
                 spoken = now
-                tqdm.write(f"Still waiting for {what}: nothing has arrived for {now - moved:.0f} "
-                           f"seconds. It is given up after {seconds:.0f}.")
-                sys.stdout.flush()
+                with tqdm.external_write_mode():  # the bar makes room for the line
+                    put_out(f"Still waiting for {what}: nothing has arrived for "
+                            f"{now - moved:.0f} seconds. It is given up after {seconds:.0f}.")
     return outcome.result()
 
 
@@ -1267,11 +1409,11 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         # torch.save raises another error in the wake of the one that tells what happened.
-        cause = error if isinstance(error, OSError) else error.__context__
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
         stop(f"{file} can't be written ({cause.strerror or cause}). Make room, or choose another "
@@ -1279,18 +1421,114 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
              "on from there.")
 
 
-def check_output(flags: SimpleNamespace) -> None:
-    """Stop if the folder for results can't be made or nothing can be written there."""
+def check_output(flags: SimpleNamespace) -> BinaryIO | None:
+    """Take OUTPUT_DIR for this run: the lock of its first process, see lock_output.
+
+    Stops if the folder can't be made, nothing can be written there, or another run is at it.
+    """
+    if RANK:
+        return None
+    lock = lock_output(flags)
     trial = Path(flags.OUTPUT_DIR, "checkpoints", "trial")
     write_whole(trial, lambda stream: stream.write(b"trial"))
-    if RANK == 0:
-        trial.unlink()
+    trial.unlink()
+    return lock
+
+
+LOCK_FILE = "running.lock"  # in OUTPUT_DIR, while a run writes there
+
+
+def lock_output(flags: SimpleNamespace) -> BinaryIO | None:
+    """Lock OUTPUT_DIR until the lock is closed or the process ends, even if it is killed.
+
+    Stops if another run holds the lock. None where the file system can't lock or write.
+    """
+    file = Path(flags.OUTPUT_DIR, LOCK_FILE)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a+b", buffering=0)
+        lock_now(lock)
+        if os.fstat(lock.fileno()).st_nlink == 0:  # its run has just ended and removed it
+            return lock_output(flags)
+        lock.truncate(0)
+        began = time.strftime("%Y-%m-%d %H:%M")
+        lock.write(f"process {os.getpid()} on {platform.node()}, since {began}".encode())
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().decode("utf-8", "replace") or "just started"
+        stop(f"OUTPUT_DIR = {flags.OUTPUT_DIR}: another run is writing there ({holder}). Wait for "
+             "its end, stop it, or choose another folder with --output-dir.")
+    except OSError:
+        return None
+    return lock
+
+
+def lock_now(lock: BinaryIO) -> None:
+    """Lock an open file until it is closed; BlockingIOError if another process has locked it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+        lock.seek(2**20)  # behind the owner's name, which nobody else could read otherwise
+        try:
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError from error
+    else:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def release_output(job: Job) -> Iterator[None]:
+    """However this run ends, let others write to OUTPUT_DIR then: a notebook's process lives on."""
+    try:
+        yield
+    finally:
+        if job.lock:
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
+                Path(job.lock.name).unlink()
+            job.lock.close()
+
+
+def settle_in() -> None:
+    """Fit the process to what the script was started in.
+
+    A standard stream that was closed leads nowhere from now on: else the next file that is opened
+    would take its place, and what libraries print with it. With python -W error a library's warning
+    would end hours of training, so it is shown instead.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, nowhere(mode))
+    if any(choice.startswith("error") for choice in sys.warnoptions):
+        warnings.simplefilter("default")
+
+
+def put_out(text: str, name: str = "stdout") -> None:
+    """Print on sys.stdout or sys.stderr, whatever they are: a terminal, a notebook's, closed.
+
+    A run goes on without an output that is closed, full or no longer read: its files matter more.
+    """
+    stream = getattr(sys, name)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    shown = text.encode(encoding, "backslashreplace").decode(encoding)  # also on an old terminal
+    try:
+        print(shown, file=stream)
+        if hasattr(stream, "flush"):
+            stream.flush()
+    except (OSError, ValueError):
+        setattr(sys, name, nowhere())
+
+
+def nowhere(mode: str = "w") -> TextIO:
+    """A stream that takes everything and gives nothing, open until the process ends."""
+    return os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8")
 
 
 def say(*lines: str) -> None:
     """Print for the user, from one process only."""
     if RANK == 0:
-        print(*lines, sep="\n", flush=True)
+        put_out("\n".join(lines))
 
 
 def stop(message: str, everywhere: bool = False) -> NoReturn:
@@ -1299,13 +1537,23 @@ def stop(message: str, everywhere: bool = False) -> NoReturn:
     From one process of each machine, or from each process.
     """
     if LOCAL_RANK == 0 or everywhere:
-        print(f"advanced_techniques.py: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+        put_out(f"advanced_techniques.py: {message}", "stderr")
+    ended = SystemExit(2)
+    ended.add_note(message)  # for the report on what was finished before
+    raise ended
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterable:
     """A progress bar for what takes longer than two seconds; silent where there is no terminal."""
-    return tqdm(items, label, total, leave=False, disable=None, delay=2)
+    return tqdm(items, label, total, leave=False, disable=not on_terminal(), delay=2)
+
+
+def on_terminal() -> bool:
+    """Whether progress bars, which go to the error stream, are seen by somebody."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
 
 
 def printable(text: Any) -> str:
@@ -1358,6 +1606,8 @@ def read_flags(arguments: list[str] | None = None) -> SimpleNamespace:
     for name in TEXTS:
         if isinstance(getattr(flags, name), os.PathLike):
             setattr(flags, name, os.fspath(getattr(flags, name)))
+        if type(getattr(flags, name)) is str:
+            setattr(flags, name, os.path.expanduser(getattr(flags, name)))  # ~ is one's home folder
     check_types(flags)
     check_architectures(flags)
     check_places(flags)
@@ -1378,6 +1628,7 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(option(name), dest=name, metavar="VALUE", default=default,
                             type=functools.partial(parse_flag, name), help=described)
     parser.error = stop
+    parser.print_help = lambda: say(parser.format_help())
     # These are values, not flags: -1e-3, -inf
     parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
     return parser
@@ -2310,8 +2561,10 @@ def find_all_weights(flags: SimpleNamespace) -> list[Weights]:
         for elsewhere in machines:
             if not elsewhere[place].file:
                 found = elsewhere[place]
-        weights.append(make_weights(name, flags, found))
-    say(*[f"Weights of {source.architecture}: {source.origin}." for source in weights])
+        source = make_weights(name, flags, found)
+        instead = " (a stand-in)" if source.stands_in_for else ""
+        say(f"Weights of {name}: {source.origin}{instead}.")
+        weights.append(source)
     return weights
 
 
@@ -3192,12 +3445,16 @@ def report(job: Job) -> None:
     """Write report.txt, results.json and, once a model is finished, the plots."""
     folder = Path(job.flags.OUTPUT_DIR)
     results = collect_results(job)
+    families, notice = find_fonts(job.data.classes)
+    if notice and finished_models(job):
+        job.notices.append(notice)
     write_report(results, job.notices, folder)
-    figures = draw_plots(job, results)
-    for name, figure in figures.items():
-        write_whole(folder / f"{name}.png", functools.partial(figure.savefig, format="png"))
+    with matplotlib.rc_context({"font.family": families}):
+        figures = draw_plots(job, results)
+        written = [drawn(name, save_plot, figure, folder / f"{name}.png")
+                   for name, figure in figures.items()]
     if figures:
-        say(f"Written to {folder}/: report.txt, results.json, {len(figures)} plots, "
+        say(f"Written to {folder}/: report.txt, results.json, {written.count(True)} plots, "
             "and the models in checkpoints/.")
 
 
@@ -3856,6 +4113,16 @@ def diagnose_classes(classes: list[dict[str, Any]]) -> Iterator[str]:
 
 # ==== 22. Plots ===================================================================================
 
+try:
+    import matplotlib
+    from matplotlib import font_manager
+    from matplotlib.figure import Figure
+except ValueError:  # MPLBACKEND names a notebook's backend that isn't installed in this Python
+    del os.environ["MPLBACKEND"]  # nothing here needs one: plots are files
+    import matplotlib
+    from matplotlib import font_manager
+    from matplotlib.figure import Figure
+
 BLUE = "#0072b2"  # Okabe and Ito's colours: colour-blind people can tell them apart
 ORANGE = "#e69f00"
 GREEN = "#009e73"
@@ -3865,29 +4132,123 @@ RED = "#d55e00"
 COLOURS = [BLUE, ORANGE, GREEN, PINK, SKY_BLUE, RED]
 
 
-def draw_plots(job: Job, results: dict[str, Any]) -> dict[str, Figure]:
-    """The plots by file name; none before a model is finished."""
+def draw_plots(job: Job, results: dict[str, Any]) -> dict[str, Figure | None]:
+    """The plots by file name, None where one fails; no names before a model is finished."""
     if not finished_models(job):
         return {}
     final = final_probabilities(job)
     labels = job.data.truth("test")
-    figures = dict(training_curves=plot_curves(results), accuracy_against_cost=plot_time(results))
-    if job.rates:  # none if the run was interrupted just before they were drawn
-        figures["learning_rates"] = job.rates
-    figures["confusion_matrix"] = plot_confusion(final, labels, job.data.classes)
-    figures["class_accuracy"] = plot_classes(results["classes"])
     believed = at_temperature(final, final_temperature(results))  # as --predict would answer
-    figures["predictions"] = plot_predictions(believed, job.data)
+    drawings = dict(
+        training_curves=(plot_curves, results),
+        accuracy_against_cost=(plot_time, results),
+        confusion_matrix=(plot_confusion, final, labels, job.data.classes),
+        class_accuracy=(plot_classes, results["classes"]),
+        predictions=(plot_predictions, believed, job.data),
+    )
     if job.ledger:
-        figures["ablation"] = plot_ablation(job.ledger)
+        drawings["ablation"] = (plot_ablation, job.ledger)
+    figures = dict(learning_rates=job.rates)  # None if interrupted just before they were drawn
+    for name, drawing in drawings.items():
+        figures[name] = drawn(name, *drawing)
     return figures
+
+
+def drawn(name: str, draw: Callable[..., Any], *arguments: Any) -> Any:
+    """What a drawing function returns, or None and a line about it: no plot is worth a run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing glyphs: find_fonts tells of them
+            return draw(*arguments)
+    except Exception as error:  # matplotlib and the libraries under it raise nearly anything
+        say(f"{name}.png could not be drawn ({type(error).__name__}: {reason(error)[:200]}). "
+            "Nothing else is touched by that.")
+    return None
+
+
+def save_plot(figure: Figure | None, file: Path) -> bool:
+    """Write a plot, if there is one, to its file, where an older run's must not stay."""
+    file.unlink(missing_ok=True)
+    if figure:
+        write_whole(file, functools.partial(figure.savefig, format="png"))
+    return figure is not None
+
+
+def plot_name(name: str, longest: int = 30) -> str:
+    """A class name as text for matplotlib: of bearable length, $ a letter like any other."""
+    characters = [character for character in printable(name) if character.isprintable()]
+    if len(characters) > longest:
+        tail = longest // 3
+        characters = [*characters[: longest - tail - 1], "…", *characters[-tail:]]
+    return "".join(characters).replace("$", r"\$")
+
+
+def find_fonts(classes: list[str]) -> tuple[list[str], str]:
+    """Font families that have a glyph for each character of the class names.
+
+    And a sentence about the characters that no font on this machine has, or "".
+    """
+    families = list(matplotlib.rcParams["font.family"])
+    usual = glyphs(font_manager.findfont(font_manager.FontProperties()))
+    lacking = set()
+    for character in set("".join(classes)) - usual:
+        if character.isprintable() and not unicodedata.combining(character):
+            lacking.add(character)
+    for font in installed_fonts() if lacking else []:
+        found = lacking & glyphs(font.fname)
+        if found:
+            families.append(font.name)
+            lacking -= found
+    if not lacking:
+        return families, ""
+    examples = " ".join(sorted(lacking)[:10])
+    wanted = ", ".join(sorted({font_for(character) for character in lacking}))
+    return families, (f"PLOTS: no font on this machine has {examples}, which class names need, so "
+                      f"the plots show boxes. Install {wanted}; with --resume true they are then "
+                      "drawn anew.")
+
+
+def installed_fonts() -> list[font_manager.FontEntry]:
+    """The upright fonts of this machine, also those that matplotlib's list is too old for."""
+    manager = font_manager.fontManager
+    known = {font.fname for font in manager.ttflist}
+    for file in sorted(set(font_manager.findSystemFonts()) - known):
+        with contextlib.suppress(Exception):  # FreeType's errors are of any kind
+            manager.addfont(file)
+    fonts = []
+    for font in manager.ttflist:
+        stands_for_all = font.name.startswith("Last Resort")  # a box for each character
+        if font.style == "normal" and not stands_for_all:
+            fonts.append(font)
+    return fonts
+
+
+def glyphs(file: str) -> set[str]:
+    """The characters that a font file can draw; none if it can't be used."""
+    try:
+        font = font_manager.get_font(file)
+        font.set_size(12, 100)  # refused by fonts that consist of pictures
+        return {chr(code) for code in font.get_charmap()}
+    except Exception:  # FreeType's errors are of any kind
+        return set()
+
+
+def font_for(character: str) -> str:
+    """A free font that has the character, by the script in its Unicode name."""
+    script = unicodedata.name(character, "").partition(" ")[0]
+    if script in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL"):
+        return "Noto Sans CJK"
+    if unicodedata.category(character) == "So":
+        return "Noto Emoji"
+    return f"Noto Sans {script.title()}".strip()
 
 
 def axes(rows: int, columns: int, width: float, height: float,
          title: str) -> tuple[Figure, np.ndarray]:
     """A figure in the one style of all the plots, and its axes [rows, columns]; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    lines = textwrap.wrap(title, round(9 * width))  # nine bold letters take an inch
+    figure.suptitle("\n".join(lines), fontsize=12, fontweight="bold")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axis in grid.flat:
         axis.spines[["top", "right"]].set_visible(False)
@@ -4028,6 +4389,7 @@ def plot_rates(run: Run, data: Data) -> Figure:
 def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str]) -> Figure:
     """How often each class (row) is taken for each other (column), in per cent of the row."""
     count = len(classes)
+    names = [plot_name(name) for name in classes]
     pairs = labels * count + probabilities.argmax(1)  # a number for each true and predicted class
     table = torch.bincount(pairs, minlength=count * count).view(count, count).double()
     table = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
@@ -4036,15 +4398,15 @@ def plot_confusion(probabilities: Tensor, labels: Tensor, classes: list[str]) ->
     wrong = table.clone().fill_diagonal_(0)
     if wrong.any():
         true, taken = divmod(int(wrong.argmax()), count)
-        title = f"{title} Most often mistaken: {classes[true]} for {classes[taken]}"
+        title = f"{title} Most often mistaken: {names[true]} for {names[taken]}"
     side = min(12.0, 3.5 + 0.45 * count)
     figure, grid = axes(1, 1, side, side, title)
     axis = grid[0, 0]
-    axis.imshow(table, cmap="Blues", vmin=0, vmax=100)
+    axis.imshow(table.numpy(), cmap="Blues", vmin=0, vmax=100)
     axis.set(xlabel="predicted", ylabel="true")
     if count <= 25:  # more would not be legible
-        axis.set_xticks(range(count), classes, rotation=45, ha="right")
-        axis.set_yticks(range(count), classes)
+        axis.set_xticks(range(count), names, rotation=45, ha="right")
+        axis.set_yticks(range(count), names)
         write_cells(axis, table)
     return figure
 
@@ -4061,7 +4423,8 @@ def plot_classes(classes: list[dict[str, Any]]) -> Figure:
     """The accuracy of each class with its 95 % interval, the hardest first; 40 at most."""
     tested = [entry for entry in classes if entry["images"]]
     hardest = sorted(tested, key=class_accuracy)[:40]
-    title = f"{hardest[0]['name']} is hardest: {class_accuracy(hardest[0]):.0%} right"
+    names = [plot_name(entry["name"]) for entry in hardest]
+    title = f"{names[0]} is hardest: {class_accuracy(hardest[0]):.0%} right"
     figure, grid = axes(1, 1, 8, 1.5 + 0.28 * len(hardest), title)
     axis = grid[0, 0]
     for place, entry in enumerate(hardest):
@@ -4069,7 +4432,7 @@ def plot_classes(classes: list[dict[str, Any]]) -> Figure:
         ends = [100 * end for end in wilson_interval(accuracy, entry["images"])]
         axis.plot(ends, [-place, -place], color=SKY_BLUE, linewidth=3, solid_capstyle="butt")
         axis.plot(100 * accuracy, -place, "o", color=BLUE)
-    name_rows(axis, [entry["name"] for entry in hardest])
+    name_rows(axis, names)
     axis.set(xlabel="test accuracy (%), 95 % interval")
     return figure
 
@@ -4111,14 +4474,14 @@ def plot_predictions(probabilities: Tensor, data: Data) -> Figure:
 def show_prediction(axis: Any, place: int, probabilities: Tensor, data: Data) -> None:
     """One test image, by its place among them, with what its probabilities [classes] say."""
     index = data.split["test"][place]
-    name = data.classes[int(probabilities.argmax())]
-    truth = data.classes[int(data.labels[index])]
+    name = plot_name(data.classes[int(probabilities.argmax())], 18)
+    truth = plot_name(data.classes[int(data.labels[index])], 18)
     caption = f"{name} {probabilities.max():.0%}"
     colour = GREEN
-    if name != truth:
+    if int(probabilities.argmax()) != int(data.labels[index]):
         caption = f"{caption}\nis {truth}"
         colour = RED
-    axis.imshow(data.images[index].permute(1, 2, 0).cpu())
+    axis.imshow(data.images[index].permute(1, 2, 0).cpu().numpy())
     axis.set_title(caption, fontsize=9, color=colour)
 
 
@@ -4157,7 +4520,7 @@ def predict_files(job: Job) -> None:
     runs, classes, stored_size, temperature = stored_models(job)
     images, unreadable = decode_all(paths, stored_size, runs[0].flags)
     for message in unreadable.values():
-        print(f"Left out, for it can't be read as an image: {message}", file=sys.stderr)
+        put_out(f"Left out, for it can't be read as an image: {message}", "stderr")
     readable = [place for place in range(len(paths)) if place not in unreadable]
     if not readable:
         stop(f"PREDICT = {target}: no image there can be read.")
@@ -4173,7 +4536,7 @@ def predict_files(job: Job) -> None:
         names = [classes[label] for label in labels]
         rows.append((printable(paths[place]), list(zip(names, shares, strict=True))))
     for path, answer in rows[:20]:
-        print(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in answer))
+        say(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in answer))
     if target.is_dir():
         write_answers(rows, len(unreadable), job.flags)
 
@@ -4194,7 +4557,7 @@ def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int
         writer.writerow(line)
     file = Path(flags.OUTPUT_DIR, "predictions.csv")
     write_whole(file, lambda stream: stream.write(table.getvalue().encode()))
-    print(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
+    say(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
 
 
 def stored_models(job: Job) -> tuple[list[Run], list[str], int, float]:
@@ -4247,5 +4610,10 @@ def stored_run(name: str, saved: dict[str, Any], flags: SimpleNamespace,
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for class names that a terminal can't show
-    main()
+    settle_in()
+    try:
+        main()
+    except Exception as error:
+        if not hasattr(error, "__notes__"):
+            raise
+        raise SystemExit(1) from None  # its traceback is in a file, as the user was told

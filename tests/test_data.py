@@ -134,6 +134,45 @@ def test_colour_jitter_equals_its_textbook_form():
     torch.testing.assert_close(got[0], wanted, rtol=0, atol=1e-4)
 
 
+def test_random_views_keep_to_the_ranges_that_they_promise():
+    generator = torch.Generator().manual_seed(4)
+    views = at.choose_views(torch.rand(4000, len(at.RANDOM_NUMBERS), generator=generator), True)
+    window, colour, _, _, half = views.split(list(at.VIEW_NUMBERS.values()), dim=1)
+    (across, turned, right), (_, _, down) = window.view(-1, 2, 3).permute(1, 2, 0)
+    assert 0.47 < (across < 0).float().mean() < 0.53  # mirrored
+    angle = (turned / across).atan().rad2deg().abs()
+    assert 9.9 < angle.max() < 10.001
+    width, height = window.view(-1, 2, 3)[:, :, :2].norm(dim=2).unbind(1)
+    area, aspect = width * height, width / height
+    assert 0.39 < area.min() < 0.41 and 0.99 < area.max() < 1.001
+    assert aspect.min() > 0.74 and aspect.max() < 1.35
+    assert (right.abs() + width).max() < 1.001 and (down.abs() + height).max() < 1.001
+    assert right.std() > 0.05 and down.std() > 0.05
+    light = colour.view(-1, 3, 3).sum(2)  # brightness times contrast, each between 0.7 and 1.3
+    assert 0.49 <= light.min() < 0.55 and 1.6 < light.max() <= 1.691
+    erased = half.amin(1) > 0
+    assert 0.22 < erased.float().mean() < 0.28
+    assert half[erased].min() >= 0.1 and half[erased].max() <= 0.4
+
+
+@pytest.mark.parametrize("kind", ["show", "augment"])
+def test_the_network_sees_pixels_less_the_mean_over_the_deviation_of_its_weights(kind):
+    colour = torch.tensor([30, 120, 250], dtype=torch.uint8)
+    images = colour[None, :, None, None].repeat(1, 1, 36, 36)
+    random = torch.tensor([[NEUTRAL[index] for index in range(len(NEUTRAL))]])
+    run = run_of("resnet18")
+    seen = at.show(images, run)
+    if kind == "augment":
+        seen = at.augment(images, at.choose_views(random, True), run)
+    wanted = [
+        (30 / 255 - 0.485) / 0.229,
+        (120 / 255 - 0.456) / 0.224,
+        (250 / 255 - 0.406) / 0.225,
+    ]
+    wanted = torch.tensor(wanted)[:, None, None].expand(3, 32, 32)
+    torch.testing.assert_close(seen[0], wanted, rtol=0, atol=1e-4)
+
+
 def test_shapes_come_from_the_seed_alone():
     chosen = np.arange(30)
     images = at.shapes(5).read(chosen)

@@ -30,31 +30,20 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def training(folder: Path, output: Path) -> list[str]:
+    """The command line that trains both models on a folder."""
+    flags = dict(dataset=folder, architectures=",".join(NAMES), pretrained="none", image_size=32,
+                 num_epochs=4, batch_size=16, gradient_accumulation_steps=1, output_dir=output,
+                 data_dir=output.parent / "data")
+    return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A finished run on a tiny folder: its OUTPUT_DIR, test images, and probabilities."""
     place = tmp_path_factory.mktemp("run")
     folder = make_folder(place / "pets", count=30)
-    arguments = [
-        "--dataset",
-        str(folder),
-        "--architectures",
-        ",".join(NAMES),
-        "--pretrained",
-        "none",
-        "--image-size",
-        "32",
-        "--num-epochs",
-        "4",
-        "--batch-size",
-        "16",
-        "--gradient-accumulation-steps",
-        "1",
-        "--output-dir",
-        str(place / "out"),
-        "--data-dir",
-        str(place / "data"),
-    ]
+    arguments = training(folder, place / "out")
     at.main(arguments)
     flags = at.small_profile(at.read_flags(arguments), CPU)
     source, _ = at.find_source(flags)
@@ -139,6 +128,38 @@ def agrees(answer: dict[str, float], wanted: np.ndarray, tolerance: float = 0.00
     return set(answer) == set(CLASSES) and all(
         abs(answer[name] - share) < tolerance for name, share in zip(CLASSES, wanted, strict=True)
     )
+
+
+def choose(file: Path, labels: torch.Tensor, validation: float, right: int, sure: float) -> None:
+    """Let a checkpoint say that its model is so good on validation, and right so often on test."""
+    saved = torch.load(file)
+    answer = torch.where(torch.arange(len(labels)) < right, labels, (labels + 1) % 3)
+    shares = torch.full((len(labels), 3), (1 - sure) / 2).scatter(1, answer[:, None], sure)
+    saved["finished"] |= dict(plain=shares, averaged=shares)
+    accuracies = dict(validation_accuracy=validation, test_accuracy=right / len(labels))
+    saved["finished"]["entry"] |= accuracies
+    torch.save(saved, file)
+
+
+@pytest.mark.parametrize("best", [0, 1])
+@pytest.mark.parametrize("ensemble", [True, False])
+def test_the_single_model_is_chosen_on_validation_and_never_on_test(
+    ensemble, best, trained, run_folder
+):
+    """A report from models of which the better one on validation is the worse one on test."""
+    folder, paths, _ = trained
+    labels = torch.tensor([CLASSES.index(path.parent.name) for path in paths])
+    checkpoints = run_folder / "checkpoints"
+    choose(checkpoints / f"{NAMES[best]}.pt", labels, validation=0.9, right=6, sure=0.5)
+    choose(checkpoints / f"{NAMES[1 - best]}.pt", labels, validation=0.8, right=9, sure=0.9)
+    command = training(folder.parent / "pets", run_folder)
+    data = str(folder.parent / "data")
+    at.main([*command, f"--data-dir={data}", "--resume=true", f"--use-ensemble={ensemble}"])
+    results = json.loads((run_folder / "results.json").read_text())
+    wrong = sum(entry["errors"] for entry in results["classes"])  # of the final model
+    assert len(labels) - wrong == (9 if ensemble else 6)  # the vote follows the surer one
+    gain = results["ensemble"]["gain_over_best"]
+    assert gain == pytest.approx(3 / len(labels)) if ensemble else gain is None
 
 
 @pytest.mark.parametrize("which", [0, 7, -1])

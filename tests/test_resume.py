@@ -235,7 +235,8 @@ def test_finished_models_are_not_trained_again(start, whole, tmp_path):
 
 def interrupt(run, folder):
     """Send Ctrl-C once the run says that it waits for it."""
-    while "waiting for a signal" not in (folder / "output.txt").read_text():
+    output = folder / "output.txt"
+    while not (output.exists() and "waiting for a signal" in output.read_text()):
         time.sleep(0.01)
     os.kill(run.child, signal.SIGINT)
 

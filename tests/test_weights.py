@@ -73,3 +73,17 @@ def test_without_the_packages_random_weights_are_said_loudly(monkeypatch):
     assert weights.architecture == "resnet18" and weights.overlay is None
     assert "NO IMAGENET WEIGHTS" in at.weight_notices([weights])[0]
     assert not build("resnet18", weights).gradual
+
+
+@pytest.mark.parametrize(
+    ("architecture", "mean", "std"),
+    [
+        ("resnet18", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ("mobilevitv2_050", [0.0] * 3, [1.0] * 3),
+        ("tf_efficientnet_b0.ap_in1k", [0.5] * 3, [0.5] * 3),
+        ("tf_efficientnet_b0", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ],
+)
+def test_images_are_normalised_as_the_weights_own_settings_say(architecture, mean, std):
+    run = build("any name", at.Weights(architecture, "test", None))
+    assert run.mean.tolist() == pytest.approx(mean) and run.std.tolist() == pytest.approx(std)
