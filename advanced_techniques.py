@@ -74,6 +74,7 @@ from timm.models import group_parameters
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
@@ -1015,6 +1016,7 @@ class Tested:
     averaged: Tensor | None = None  # the same, averaged over the views of test-time augmentation
     speed: dict[str, Any] | None = None  # its section of the speed report
     validation: Tensor | None = None  # as averaged, of the validation images; for temperatures
+    architecture: dict[str, Any] | None = None  # size and speed of the one that was asked for
 
 
 def checkpoint_file(run: Run) -> Path:
@@ -1124,16 +1126,18 @@ def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
         kept = copy.deepcopy(checkpoint(run, data))
     try:
         if keep:
-            tested.speed = measured_speed(run, data)
+            tested.speed = measured(measure_speed, run, data)
+            tested.architecture = measured(measure_architecture, run, data)
     finally:  # also when it is interrupted
         kept["finished"] = vars(tested)
         write_whole(checkpoint_file(run), functools.partial(torch.save, kept))
 
 
-def measured_speed(run: Run, data: Data) -> dict[str, Any] | None:
-    """The speed section of a model, or None where it can't be measured: the model is finished."""
+def measured(measure: Callable[[Run, Data], dict[str, Any]], run: Run,
+             data: Data) -> dict[str, Any] | None:
+    """What measure() says of a model, or None where its speed can't be measured: it is finished."""
     try:
-        return measure_speed(run, data)
+        return measure(run, data)
     except (Exception, SystemExit) as error:
         if PROCESSES > 1:  # the others would wait for this one
             raise
@@ -3453,6 +3457,55 @@ def measure_speed(run: Run, data: Data) -> dict[str, Any]:
                 double_batch_images_per_second=doubled)
 
 
+def measure_architecture(run: Run, data: Data) -> dict[str, Any]:
+    """Size and speed of the architecture that was asked for, with a head for these classes.
+
+    A stand-in's would say nothing of it. So it is then built with random weights, which take as
+    much time as any. Short: updates of one micro-batch, two micro-batches to answer.
+    """
+    name = run.weights.stands_in_for or run.weights.architecture
+    flags = SimpleNamespace(**vars(run.flags) | dict(GRADIENT_ACCUMULATION_STEPS=1))
+    figures = count_operations(name, len(data.classes), flags)
+    figures |= dict(name=name, training_images_per_second=None, inference_images_per_second=None)
+    timed = dataclasses.replace(run, flags=flags)
+    if run.weights.stands_in_for:
+        if PROCESSES > 1:  # it may need more memory than was tried, and running out ends the job
+            return figures
+        flags.COMPILE = False  # it takes minutes
+        timed = new_run(name, Weights(name, "random weights", None), run.seed,
+                        Job(flags, run.device, data))
+        timed.micro_batch = run.micro_batch
+    training, _ = measure_update(timed, data, timed.precision, timed.micro_batch)
+    return figures | dict(training_images_per_second=training,
+                          inference_images_per_second=inference_speed(timed, data))
+
+
+def count_operations(name: str, classes: int, flags: SimpleNamespace) -> dict[str, Any]:
+    """An architecture's parameters, and the GFLOP of one image's forward pass.
+
+    Multiplications and additions count one each. On the meta device nothing is computed.
+    """
+    with torch.device("meta"):
+        network = new_network(name, classes, flags).eval()
+        image = torch.zeros(1, 3, flags.IMAGE_SIZE, flags.IMAGE_SIZE)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image)
+    return dict(parameters=count_parameters(network), gflop=counter.get_total_flops() / 1e9)
+
+
+def inference_speed(run: Run, data: Data) -> float:
+    """Images/s of plain answers to two micro-batches of test images, the median of three times."""
+    chosen = data.split["test"][: 2 * run.micro_batch]
+    few = dataclasses.replace(data, split={"test": chosen})
+
+    def answer() -> Tensor:
+        return predict(run, few, "test", VIEWS[:1])
+
+    seconds_of(answer, run.device)  # to warm up
+    seconds = [seconds_of(answer, run.device) for _ in range(3)]
+    return len(chosen) / sorted(seconds)[1]
+
+
 # ==== 21. Report and diagnosis ====================================================================
 
 
@@ -3494,9 +3547,52 @@ def collect_results(job: Job) -> dict[str, Any]:
         classes=classes,
         speed={tested.entry["name"]: tested.speed for tested in finished if tested.speed},
         ablation=job.ledger,
+        architectures=compare_architectures(finished, job.flags),
     )
     results["diagnosis"] = diagnose(results)
     return results
+
+
+MOST_ACCURATE = "most accurate"
+BEST_FOR_ITS_TIME = "best accuracy for its time"
+
+
+def compare_architectures(finished: list[Tested], flags: SimpleNamespace) -> list[dict[str, Any]]:
+    """Each architecture once: what was measured of it, its accuracy, and what it is best for.
+
+    trained is what the accuracy, and the seconds of training, were really measured with.
+    """
+    prefix = "tta_" if flags.USE_TTA else "test_"
+    entries: dict[str, dict[str, Any]] = {}
+    for tested in finished:
+        figures = tested.architecture
+        if figures and figures["name"] not in entries:  # an older checkpoint has none
+            model = tested.entry
+            entries[figures["name"]] = dict(
+                figures, accuracy=model[f"{prefix}accuracy"], seconds=model["seconds"],
+                trained=model["architecture"], best_for=[])
+    compared = list(entries.values())
+    if len(compared) > 1:
+        name_strengths(compared)
+    return compared
+
+
+def name_strengths(compared: list[dict[str, Any]]) -> None:
+    """Add to best_for, in words, where an architecture's figures are the best, alone or shared."""
+
+    def award(words: str, worth: Callable[[dict[str, Any]], float]) -> None:
+        highest = max(worth(entry) for entry in compared)
+        for entry in compared:
+            if worth(entry) == highest:
+                entry["best_for"].append(words)
+
+    award("smallest", lambda entry: -entry["parameters"])
+    if all(entry["training_images_per_second"] for entry in compared):
+        award("fastest to train", lambda entry: entry["training_images_per_second"])
+        award("fastest to answer", lambda entry: entry["inference_images_per_second"])
+    award(MOST_ACCURATE, lambda entry: entry["accuracy"])
+    # Twice the time is worth it where it halves the errors.
+    award(BEST_FOR_ITS_TIME, lambda entry: (entry["accuracy"] - 1) * entry["seconds"])
 
 
 def finished_models(job: Job) -> list[Tested]:
@@ -3579,6 +3675,7 @@ def write_report(results: dict[str, Any], notices: list[str], folder: Path) -> N
         "Notices": notices,
         "Accuracy": accuracy_table(results),
         "Calibration": calibration_table(results),
+        "Architectures": architectures_table(results),
         "Speed": speed_table(results),
         "Ablation": ablation_table(results),
         "Diagnosis": diagnosis_lines(results),
@@ -3755,9 +3852,13 @@ def calibration_table(results: dict[str, Any]) -> list[str]:
     if ensemble["accuracy"] is not None:
         prefix = "tta_" if results["flags"]["USE_TTA"] else ""
         rows.append(calibration_row(f"ensemble of {len(rows)}", ensemble, prefix))
+    shown = [heading_row(CALIBRATION_COLUMNS), *rows]
+    fitted = [part for part in (*results["models"], ensemble) if part["temperature"] is not None]
+    if not fitted:
+        return [*shown, "Without a temperature --predict answers with probabilities as they are."]
     validation = results["dataset"]["validation_images"]
     return [
-        heading_row(CALIBRATION_COLUMNS), *rows,
+        *shown,
         "One temperature a model and one for the vote (Guo et al., 2017): each probability to the "
         "power of 1/temperature, adding",
         f"up to 1 again. Fitted on the {validation:,} validation images, shown on the test images, "
@@ -3780,6 +3881,60 @@ def calibration_row(name: str, part: dict[str, Any], prefix: str) -> str:
         "ECE after": f"{part['calibrated_error']:.3f}",
     }
     return table_row(CALIBRATION_COLUMNS, cells)
+
+
+ARCHITECTURE_COLUMNS = {
+    "architecture": "{:<24}", "parameters": "{:>11}", "GFLOP": "{:>8}", "training/s": "{:>12}",
+    "answers/s": "{:>11}", "accuracy": "{:>10}", "best for": "  {}",
+}
+
+
+def architectures_table(results: dict[str, Any]) -> list[str]:
+    """The architectures section: size, speed and accuracy of each, and what it is best for."""
+    compared = results["architectures"]
+    if not compared:
+        return []
+    lines = [heading_row(ARCHITECTURE_COLUMNS)]
+    for entry in compared:
+        lines.append(table_row(ARCHITECTURE_COLUMNS, architecture_cells(entry)))
+    flags = results["flags"]
+    lines += [
+        f"Measured here: GFLOP of an image's forward pass at {flags['IMAGE_SIZE']} px "
+        "(multiplications and additions count one each),",
+        "images/s of training with all layers learning, "
+        f"{flags['BATCH_SIZE']} images an update, and of plain answers.",
+        "Best accuracy for its time: its errors times its seconds of training are the fewest. "
+        "Accuracies that differ by less",
+        "than their intervals above may differ by chance.",
+    ]
+    stood_in = [entry for entry in compared if entry["trained"] != entry["name"]]
+    if stood_in:
+        names = [f"{SHIPPED[entry['trained']].label} for {entry['name']}" for entry in stood_in]
+        said = f"* Accuracy and seconds of training are the stand-in's: {', '.join(names)}."
+        lines += textwrap.wrap(said, REPORT_WIDTH, subsequent_indent="  ")
+    return lines
+
+
+def architecture_cells(entry: dict[str, Any]) -> dict[str, str]:
+    """An architecture's line; what a stand-in's accuracy or seconds decided bears an asterisk."""
+    mark = " "
+    strengths = list(entry["best_for"])
+    if entry["trained"] != entry["name"]:
+        mark = "*"
+        for place, words in enumerate(strengths):
+            if words in (MOST_ACCURATE, BEST_FOR_ITS_TIME):
+                strengths[place] = f"{words}*"
+    training = entry["training_images_per_second"]
+    inference = entry["inference_images_per_second"]
+    return {
+        "architecture": entry["name"],
+        "parameters": f"{entry['parameters']:,}",
+        "GFLOP": f"{entry['gflop']:.2f}",
+        "training/s": f"{training:.0f}" if training else "-",
+        "answers/s": f"{inference:.0f}" if inference else "-",
+        "accuracy": f"{percent(entry['accuracy'])}{mark}",
+        "best for": ", ".join(strengths),
+    }
 
 
 def speed_table(results: dict[str, Any]) -> list[str]:

@@ -42,7 +42,8 @@ def run(script, folder, *arguments):
 
 def numbers(results):
     """The results without what a clock or the machine's memory decides."""
-    measured = ("images_per_second", "speed", "OUTPUT_DIR", "diagnosis", "peak_memory_bytes")
+    measured = ("images_per_second", "speed", "OUTPUT_DIR", "diagnosis", "peak_memory_bytes",
+                "architectures")
     if isinstance(results, dict):
         return {
             key: numbers(value)
@@ -76,6 +77,7 @@ def test_shapes_with_all_techniques_twice_give_the_same_numbers(script, tmp_path
         "speed",
         "classes",
         "ablation",
+        "architectures",
         "diagnosis",
     }
     assert set(results["flags"]) == set(at.FLAGS)

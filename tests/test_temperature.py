@@ -118,6 +118,7 @@ def test_a_finished_model_keeps_validation_answers_made_with_the_views_of_predic
     monkeypatch.setattr(at, "MIN_CALIBRATION_IMAGES", 10)
     monkeypatch.setattr(at, "MIN_CALIBRATION_ERRORS", 1)
     monkeypatch.setattr(at, "measure_speed", lambda run, data: {})
+    monkeypatch.setattr(at, "measure_architecture", lambda run, data: {})  # it spends the model
     run, data = run_of("test_resnet", OUTPUT_DIR=str(tmp_path), NUM_EPOCHS=1), random_data()
     model = at.train_and_test(run, data)
     wanted = at.predict(run, data, "validation", at.VIEWS).mean(0)
@@ -181,6 +182,11 @@ def test_where_nothing_was_fitted_the_report_says_why_and_answers_stay():
     row = at.calibration_row("a model", found, "tta_")
     assert row.startswith("a model ")
     assert row.endswith("not fitted: validation has 99 images, and it takes 100")
+    results = dict(models=[dict(found, name="a model", stands_in_for=None, test_accuracy=0.5)],
+                   ensemble=dict(accuracy=None, temperature=None), flags=at.FLAGS,
+                   dataset=dict(validation_images=99))
+    table = " ".join(at.calibration_table(results))
+    assert "Fitted on" not in table and "as they are" in table
     older = dict(test_accuracy=0.5, validation_accuracy=0.5)  # results from before temperatures
     for model in (older, older | found):
         assert at.final_temperature(dict(ensemble=dict(accuracy=None), models=[model])) == 1.0
