@@ -5,7 +5,9 @@
     python advanced_techniques.py --predict path/to/images   # use what was trained
     python advanced_techniques.py --help                     # every flag
 
-MEASURED
+Measured with EfficientNet-Lite0 on Fashion-MNIST, two CPU cores, three seeds: 88.4 % of the test
+images are right; the textbook loop's final validation accuracy takes 0.14 of its time, the whole
+schedule 0.34 (tests/benchmark.py). Not measured yet: what takes a GPU. README.md tells the rest.
 
 A map of this file. To learn, read to the end of part 8; the rest keeps your run alive.
 
@@ -13,7 +15,6 @@ A map of this file. To learn, read to the end of part 8; the rest keeps your run
      2 the run on one page          6 one update: mixed precision (1), gradient accumulation (2)
      3 backbones (technique 5)      7 one epoch, one model
      4 gradual unfreezing (4)       8 test-time augmentation (6), soft vote (7)
-
      9 an epoch's plan              14 processes, files, messages     19 the ablation
     10 augmentation                 15 flags: reading and refusing    20 measuring speed
     11 what may go wrong            16 data                           21 report and diagnosis
@@ -79,7 +80,6 @@ from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 # ==== 1. Flags: edit them here, or override one for a single run with --its-name VALUE ============
-
 # What to learn from, and with which networks
 DATASET = "auto"  # "auto", "cifar10", "fashion_mnist", "shapes", or a folder of class folders
 ARCHITECTURES = ("resnet18", "resnet50", "efficientnet_b0")  # any timm model names
@@ -292,8 +292,8 @@ def learning_rate(update: int, layer: int, updates_per_epoch: int, run: Run) -> 
     """
     flags = run.flags
 
-    # 1. The peak: earlier groups learn more slowly (Howard and Ruder, 2018), for what they know
-    #    is more general. Random weights know nothing yet, so they all learn at one rate.
+    # 1. The peak: earlier groups, whose knowledge is more general, learn more slowly (Howard and
+    #    Ruder, 2018). Random weights know nothing yet and all learn at one rate.
     decay = flags.LAYER_RATE_DECAY if run.weights.trained else 1.0
     peak = flags.BASE_LEARNING_RATE * decay ** min(layer, STAGES)
     if not flags.USE_COSINE_SCHEDULE:
