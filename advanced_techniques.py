@@ -100,11 +100,11 @@ USE_ENSEMBLE = True  # average the predictions of all the models
 BATCH_SIZE = 32  # images in a micro-batch: what has to fit in memory at once
 NUM_EPOCHS = 20  # passes over the training images, a quarter for each unfreezing stage
 BASE_LEARNING_RATE = 4e-3  # peak rate of the head; earlier layer groups get less
-LAYER_RATE_DECAY = 0.5  # going back from the head, each layer group's share of the next one's rate
+LAYER_RATE_DECAY = 0.5  # a layer group's rate, as a share of that of the one nearer the head
 WEIGHT_DECAY = 0.05  # decoupled weight decay of AdamW
-LABEL_SMOOTHING = 0.1  # probability that the training target spreads over all classes
+LABEL_SMOOTHING = 0.1  # share of the target's probability that is spread over all classes
 HORIZONTAL_FLIP = True  # mirror images in training and TTA; off for text, digits: left is not right
-FEATURE_VIEWS = 2  # views of each image that the head alone learns from, kept; 0: new each epoch
+FEATURE_VIEWS = 2  # views whose features are kept while the head learns alone; 0: new each epoch
 COMPILE = False  # torch.compile: faster on a GPU after minutes of compiling; seldom on a CPU
 SEED = 0  # same flags, same seed, same numbers on a CPU
 
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
 def train_and_test(run: Run, data: Data, keep: bool = True) -> Tested:
     """Train and test one model, or take it from its checkpoint; keep: it will be used again."""
     say(f"\n{run.name}: {run.weights.origin}. {run.precision_why}")
-    finished = resume(run, data)  # a whole model, or none: then the run goes on where it was
+    finished = resume(run, data)  # a whole model; or none, and the run is put where it was
     if finished:
         return finished
     train_model(run, data)
@@ -238,7 +238,7 @@ def layer_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 # ==== 4. Gradual unfreezing (technique 4) =========================================================
 
-STAGES = 4  # the head, then with the last layer group, then with the two before it
+STAGES = 4  # of 1, 2, 3 and 4 layer groups from the head on; earlier groups stay frozen
 
 
 def stage_of(epoch: int, run: Run) -> int:
@@ -335,7 +335,7 @@ def make_optimizer(groups: dict[str, list[nn.Parameter]],
         settings.append(dict(params=matrices, layer=layer, weight_decay=flags.WEIGHT_DECAY))
         # Biases and norms are not decayed: pulled towards 0, they would switch channels off.
         settings.append(dict(params=vectors, layer=layer, weight_decay=0.0))
-    # Fused: the step, its skipping included, needs no word from the host.
+    # Fused: the step, its skipping included, doesn't wait for the CPU to look at a number.
     return torch.optim.AdamW(settings, lr=flags.BASE_LEARNING_RATE, fused=True)
 
 
@@ -343,9 +343,9 @@ def make_optimizer(groups: dict[str, list[nn.Parameter]],
 
 
 def autocast(run: Run) -> contextlib.AbstractContextManager:
-    """Matrix products in 16 bits, what needs exactness (norms, softmax) in 32.
+    """Matrix products in 16 bits, what needs exactness (softmax, sums) in 32.
 
-    Half the memory, and several times the speed where a device has units for it
+    Half the memory for activations, and several times the speed where a device has units for it
     (Micikevicius et al., 2018; PyTorch: torch.amp).
     """
     if run.precision is None:
@@ -356,7 +356,7 @@ def autocast(run: Run) -> contextlib.AbstractContextManager:
 def make_scaler(device: torch.device, precision: torch.dtype | None) -> torch.amp.GradScaler:
     """Loss scaling for FP16: small gradients would become 0 in it, so the loss is made larger.
 
-    Otherwise the scale stays 1, and what remains is that a non-finite update is skipped.
+    Otherwise it starts at 1, and what remains is that a non-finite update is skipped.
     """
     if precision == torch.float16:
         return torch.amp.GradScaler(device.type)
@@ -367,8 +367,8 @@ def apply_update(run: Run, network: nn.Module, batches: Iterable[MicroBatch],
                  images: float, rates: list[float]) -> Tensor:
     """One optimiser step from several micro-batches.
 
-    images is how many the update holds in all its batches. Returns float32 [3], still on the
-    device: the sum of the losses, the number of correct answers, and 1 if the step was skipped.
+    images, how many the update holds (a process's share), divides the loss. Returns float32 [3] on
+    the device: the sum of the losses, the number of correct answers, and 1 if the step was skipped.
     """
     for group in run.optimizer.param_groups:
         group["lr"] = rates[group["layer"]]
@@ -380,7 +380,7 @@ def apply_update(run: Run, network: nn.Module, batches: Iterable[MicroBatch],
         network.require_backward_grad_sync = last  # several processes exchange gradients only once
         with autocast(run):
             logits = network(inputs)
-        # The loss is taken in FP32: exp() of a logit overflows FP16 from 11.1 on.
+        # The loss is taken in FP32: FP16's three digits are too few for a sum over classes.
         loss = F.cross_entropy(logits.float(), labels, reduction="sum",
                                label_smoothing=run.flags.LABEL_SMOOTHING)
         # backward() adds to the gradients that are there. Dividing by the images of the whole
@@ -412,7 +412,7 @@ def apply_update(run: Run, network: nn.Module, batches: Iterable[MicroBatch],
 def train_epoch(run: Run, data: Data, epoch: int) -> dict[str, Any]:
     """One pass over the training images; returns the epoch's entry for results.json.
 
-    The host asks the device for numbers once, at the end, so the device never waits for the host.
+    The host asks the device for numbers once, at the end: until then it only queues work for it.
     """
     started = time.perf_counter()
     waited = data.waited
@@ -515,7 +515,7 @@ def answer_views(run: Run, data: Data, role: str, views: list[dict[str, Any]],
 def soft_vote(voters: Iterable[Tensor]) -> Tensor:
     """The mean of several voters' probabilities, each [n, classes]: views of an image, or models.
 
-    Unlike a count of votes, it listens more to who is sure. It gains where voters err elsewhere.
+    Unlike a count of votes, it listens more to who is sure. It gains if voters err on other images.
     """
     return torch.stack(list(voters)).double().mean(0).float()
 
