@@ -184,7 +184,8 @@ def test_gradients_are_exchanged_once_an_update(tiny):
             return self.network(images)
 
     data = random_data(count=64)
-    part = at.Part(32, data.split["train"], at.choose_views(torch.rand(32, 14), True))
+    views = at.choose_views(torch.rand(32, len(at.RANDOM_NUMBERS)), True)
+    part = at.Part(32, data.split["train"], views)
     at.apply_update(tiny, Wrapped(), at.micro_batches(tiny, data, part), 32, [0.1, 0.1])
     assert exchanged == [False, False, False, True]
 

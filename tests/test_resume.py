@@ -18,7 +18,7 @@ import advanced_techniques as at
 
 # Imports the script once and forks a child for each run: importing PyTorch takes seconds.
 SERVER = """
-import io, json, os, signal, sys, time, traceback
+import io, json, os, signal, sys, threading, time, traceback
 sys.path.insert(0, sys.argv[1])
 import advanced_techniques as at
 
@@ -28,6 +28,14 @@ def die(*arguments, **options):
 def wait(*arguments, **options):
     print("waiting for a signal", flush=True)
     time.sleep(100)
+
+def die_during(function, delay):
+    def doomed(*arguments, **options):
+        timer = threading.Timer(delay, die)
+        timer.daemon = True
+        timer.start()
+        return function(*arguments, **options)
+    return doomed
 
 def end_at(call, function, end):
     def counted(*arguments, **options):
@@ -56,13 +64,17 @@ for line in sys.stdin:
         output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
         place, call = job["die"] or (None, 0)
         if place == "save":
             at.torch.save = save_half(call, at.torch.save)
         elif place:
             owner = at.Path if place == "replace" else at
+            work = getattr(owner, place)
             end = wait if job["wait"] else die
-            setattr(owner, place, end_at(call, getattr(owner, place), end))
+            if job["delay"] is not None:
+                end = die_during(work, job["delay"])
+            setattr(owner, place, end_at(call, work, end))
         try:
             at.main(job["arguments"])
         except SystemExit as stopped:
@@ -85,7 +97,8 @@ def start(script, tmp_path_factory):
     """start(folder, resume, die) gives a run's process id, a function that waits, its output.
 
     die is where it kills itself: a function, and how many calls of it go well before. With wait it
-    prints a line there instead, and waits for a signal.
+    prints a line there instead, and waits for a signal; with delay it goes on, and dies so many
+    seconds later, in the middle of whatever it is doing then.
     """
     shared = tmp_path_factory.mktemp("shared")
     for name in ("test_resnet", "test_efficientnet"):
@@ -100,7 +113,7 @@ def start(script, tmp_path_factory):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
-    def begin(folder, resume=False, die=None, wait=False, **changes):
+    def begin(folder, resume=False, die=None, wait=False, delay=None, **changes):
         flags = (
             dict(
                 dataset="shapes",
@@ -120,7 +133,8 @@ def start(script, tmp_path_factory):
         )
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
         folder.mkdir(exist_ok=True)
-        job = dict(arguments=arguments, die=die, wait=wait, output=str(folder / "output.txt"))
+        job = dict(arguments=arguments, die=die, wait=wait, delay=delay)
+        job["output"] = str(folder / "output.txt")
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         child = int(server.stdout.readline())
@@ -210,9 +224,9 @@ def test_a_run_killed_again_and_again_at_random_ends_in_the_same_numbers(
 ):
     moments, kills, folder = random.Random(seed), 0, tmp_path / "killed"
     while True:
-        place, calls = moments.choice([("apply_update", 24), ("validate", 6), ("replace", 6)])
+        place, calls = moments.choice([("apply_update", 12), ("validate", 4), ("replace", 5)])
         die = (place, moments.randrange(1, calls)) if kills < 8 else None
-        run = start(folder, resume=True, die=die)
+        run = start(folder, resume=True, die=die, delay=moments.uniform(0, 0.05))
         if run.wait() == 0:
             break
         kills += 1
