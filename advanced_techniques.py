@@ -54,7 +54,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -70,7 +70,7 @@ import torchvision
 from huggingface_hub import constants as hub
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.models import group_parameters
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
@@ -1049,7 +1049,8 @@ def checkpoint(run: Run, data: Data) -> dict[str, Any]:
     halved = run.micro_batch < run.flags.BATCH_SIZE
     return dict(run=run_signature(run, data), architecture=run.weights.architecture,
                 classes=data.classes, image_size=run.flags.IMAGE_SIZE,
-                stored_size=data.images.shape[-1], state_dict=run.network.state_dict(),
+                stored_size=data.images.shape[-1], scale=data.scale,
+                state_dict=run.network.state_dict(),
                 epochs=run.epochs, micro_batch=run.micro_batch if halved else None)
 
 
@@ -1832,6 +1833,9 @@ class Source:
     roles: np.ndarray  # str [N]: "train", "validation", "test", or "" where the split is ours
     read: Callable[[np.ndarray], Tensor]  # indices [n] -> uint8 [n, 3, H, W]
     unreadable: dict[int, str] = field(default_factory=dict)  # positions read in vain, and why
+    notices: list[str] = field(default_factory=list)  # what the user has to know, in sentences
+    scale: PixelScale = field(default_factory=dict)  # of pixels of more than 8 bits, once read
+    files: list[Path] = field(default_factory=list)  # of a folder, an image each
 
 
 @dataclass
@@ -1844,6 +1848,8 @@ class Data:
     labels: Tensor  # int64 [N], on the images' device
     split: dict[str, Tensor]  # "train", "validation", "test": int64 indices into images
     fingerprint: int = 0  # tells these images, labels and this split from others
+    scale: PixelScale = field(default_factory=dict)  # how pixels of more than 8 bits are shown
+    copied: np.ndarray | None = None  # bool, which test images are also learned from, if looked for
     waited: float = 0.0  # seconds spent so far on getting images out of memory or from the disk
 
     def fetch(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -1871,23 +1877,48 @@ def load_data(flags: SimpleNamespace, device: torch.device) -> tuple[Data, list[
     check_update(flags, len(chosen["train"]))
 
     everything = np.concatenate(list(chosen.values()))
-    images = source.read(everything)
+    images = within_size(source.read(everything), flags)
     labels = torch.from_numpy(source.labels[everything]).long()
-    fingerprint = fingerprint_of(images, labels, chosen)
 
     parts = readable_parts(source, chosen)
     check_split(source, everything, parts)
-    notices = [notice]
+    copies = None
+    if source.files:
+        copies = find_copies(images, parts, flags)
+        parts = keep_together(parts, copies, labels, split_by_us(source))
+        files = [source.files[index] for index in everything]
+        source.notices += copy_notices(parts, copies, labels, files)
+    fingerprint = fingerprint_of(images, labels, {role: everything[parts[role]] for role in parts})
+
+    notices = [notice, *source.notices, *part_notices(source, labels, parts)]
     if source.unreadable:
         heading = (f"SKIP_UNREADABLE: {len(source.unreadable)} of {len(everything):,} files can't "
                    "be read as images and were left out:")
-        notices.append("\n  ".join([heading, *sorted(source.unreadable.values())]))
+        notices.append("\n  ".join([heading, *shown_unreadable(source.unreadable, flags)]))
 
     images = on_device_if_it_fits(images, device)
     places = {role: torch.from_numpy(part).to(images.device) for role, part in parts.items()}
     data = Data(source.name, list(source.classes), images, labels.to(images.device), places,
-                fingerprint)
+                fingerprint, source.scale)
+    if copies:
+        data.copied = copied_images(parts, copies)["test"]
     return data, notices
+
+
+def within_size(images: Tensor, flags: SimpleNamespace) -> Tensor:
+    """The images at most 8/7 as large as IMAGE_SIZE, so that what is tested shows nearly all."""
+    side = stored_side(flags)
+    if images.shape[-1] <= side:
+        return images
+    parts = []
+    for some in images.split(1000):
+        parts.append(F.interpolate(some, side, mode="bilinear", antialias=True))
+    return torch.cat(parts)
+
+
+def stored_side(flags: SimpleNamespace) -> int:
+    """The side of decoded images: with a margin for crops, as 256 stored for 224 seen."""
+    return round(flags.IMAGE_SIZE * 8 / 7)
 
 
 def fingerprint_of(images: Tensor, labels: Tensor, chosen: dict[str, np.ndarray]) -> int:
@@ -1944,8 +1975,7 @@ def load_source(name: str, flags: SimpleNamespace) -> Source:
         return fashion_mnist(folder, download=False)
     if name == "shapes":
         return shapes(flags.SEED)
-    stored = round(flags.IMAGE_SIZE * 8 / 7)  # a margin for crops, as 256 stored for 224 seen
-    return image_folder(Path(name), stored, flags)
+    return image_folder(Path(name), stored_side(flags), flags)
 
 
 def settle_dataset(flags: SimpleNamespace) -> tuple[str, str]:
@@ -2293,20 +2323,49 @@ def outline_distance(name: str, x: Tensor, y: Tensor) -> Tensor:
 
 # ---- Your own images ----
 
-ROLE_FOLDERS = {  # role: what its folder may be called; the first that is there counts
-    "train": ("train",),
-    "validation": ("val", "valid", "validation"),
-    "test": ("test",),
+ROLE_WORDS = {  # role: what its folder may be called, in any case, alone or as in "seg_train"
+    "train": ("train", "training", "trainset", "trn", "learn", "learning"),
+    "validation": ("val", "valid", "validation", "validate", "valset", "dev", "devel",
+                   "development"),
+    "test": ("test", "testing", "tests", "testset", "tst", "holdout", "eval", "evaluation"),
 }
+# What else may stand in the name of such a folder: "Training Set"
+FILLERS = ("set", "data", "dataset", "images", "image", "imgs", "split", "part", "folder")
+ROLE_USES = {"train": "is trained on", "validation": "is for validation", "test": "is for testing"}
+# What systems put among files: metadata of a Mac's archives, thumbnails of a Synology, ...
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+# Formats that Pillow opens without being able to show a picture, among them films
+NO_PICTURES = ("BUFR", "GRIB", "HDF5", "IPTC", "MPEG")
+# Pictures that Pillow can't read: they are named as such, not passed over
+FOREIGN_PICTURES = (".heic", ".heif", ".hif", ".jxl", ".svg", ".dcm", ".dng", ".cr2", ".cr3",
+                    ".nef", ".arw", ".orf", ".rw2", ".raf")
+# Formats whose first bytes leave no doubt, whatever the file is called
+CERTAIN = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
 
 
 @dataclass
 class ClassFolder:
     """The image files of one class, for one role."""
 
-    path: Path  # its name is the class
+    path: Path
     role: str  # "train", "validation", "test", or "" where the split is ours
-    files: list[Path]
+    files: list[Path] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The class: the folder's name, in one of the spellings that Unicode has for a letter."""
+        return unicodedata.normalize("NFC", self.path.name)
+
+
+@dataclass
+class Walk:
+    """What was met on the way through folders: each is entered once, whatever links to it."""
+
+    root: str  # the real path of the folder that all are in
+    entered: set[str] = field(default_factory=set)  # real paths
+    passed: list[Path] = field(default_factory=list)  # links that were not followed
+    others: list[Path] = field(default_factory=list)  # files that are no images
+    notices: list[str] = field(default_factory=list)
 
 
 def image_folder(folder: Path, side: int, flags: SimpleNamespace) -> Source:
@@ -2314,114 +2373,397 @@ def image_folder(folder: Path, side: int, flags: SimpleNamespace) -> Source:
 
     Its images are read as squares of `side` pixels. Nothing is written into it.
     """
-    found = class_folders(folder)
-    classes = sorted({part.path.name for part in found})
+    walk = Walk(os.path.realpath(folder))
+    found = class_folders(folder, walk)
+    classes = sorted({part.name for part in found})
     if len(classes) < 2:
         stop(f"DATASET = {folder}: it has to hold at least two class folders with images; found "
-             f"{classes or 'none'}.")
-    empty = [str(part.path) for part in found if not part.files]
+             f"{classes or 'none'}.{deeper_folder(folder)}")
+    empty = [printable(part.path) for part in found if not part.files]
     if empty:
         stop(f"DATASET = {folder}: no images in {', '.join(empty)}. Add some, or remove the empty "
-             "folder.")
+             f"folder.{passed_links(walk)}{other_kinds(walk.others)}")
+    if not any(part.role for part in found):
+        stop_at_parts_unnamed(folder, found)
 
     paths: list[Path] = []
     for part in found:
         paths += part.files
     counts = [len(part.files) for part in found]
-    labels = np.repeat([classes.index(part.path.name) for part in found], counts)
+    labels = np.repeat([classes.index(part.name) for part in found], counts)
     roles = np.repeat([part.role for part in found], counts)
 
     def read(chosen: np.ndarray) -> Tensor:
-        images, unreadable = decode_all([paths[index] for index in chosen], side, flags)
+        files = [paths[index] for index in chosen]
+        images, unreadable = decode_all(files, side, flags, source.scale)
         if unreadable and not flags.SKIP_UNREADABLE:
-            stop_at_unreadable(unreadable)
+            stop_at_unreadable(unreadable, flags)
         source.unreadable = unreadable
+        if source.scale:
+            source.notices.append(
+                f"Pixels of more than 8 bits: {shown_scale(source.scale)}. This one scale was "
+                "found from all images together, and --predict uses it too.")
         return images
 
+    walk.notices += [passed_links(walk).strip(), other_kinds(walk.others).strip()]
     source = Source(printable(folder.name), [printable(name) for name in classes], labels, roles,
-                    read)
+                    read, notices=[notice for notice in walk.notices if notice], files=paths)
     return source
 
 
-def stop_at_unreadable(unreadable: dict[int, str]) -> NoReturn:
-    """Stop with the messages of all files that can't be read, one a line."""
+def stop_at_unreadable(unreadable: dict[int, str], flags: SimpleNamespace) -> NoReturn:
+    """Stop with the messages of files that can't be read, one a line."""
     heading = (f"{len(unreadable)} files can't be read as images. Repair or remove them, or leave "
                "them out with --skip-unreadable true:")
-    stop("\n".join([heading, *sorted(unreadable.values())]))
+    stop("\n".join([heading, *shown_unreadable(unreadable, flags)]))
 
 
-def class_folders(folder: Path) -> list[ClassFolder]:
+def shown_unreadable(unreadable: dict[int, str], flags: SimpleNamespace) -> list[str]:
+    """The first ten of the messages, in order, and where the others are: all go to a file."""
+    messages = sorted(unreadable.values())
+    file = Path(flags.OUTPUT_DIR, "unreadable_files.txt")
+    lines = messages[:10]
+    place = f"all {len(messages):,} are listed in {file}"
+    if RANK == 0:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("\n".join([*messages, ""]), "utf-8")
+        except OSError as error:
+            place = f"{file}, for the whole list, can't be written ({error.strerror})"
+    if len(messages) > len(lines):
+        lines.append(f"... and {len(messages) - len(lines):,} more; {place}.")
+    return lines
+
+
+def class_folders(folder: Path, walk: Walk) -> list[ClassFolder]:
     """The class folders of all roles, hidden ones left out; stops if one can't be opened."""
     found = []
     try:
-        for role, place in role_folders(folder).items():
-            for path in sorted(place.iterdir()):
-                if path.is_dir() and not path.name.startswith("."):
-                    found.append(ClassFolder(path, role, files_below(path)))
+        places = role_folders(folder)
+        for role, place in places.items():
+            found += [ClassFolder(path, role) for path in folders_in(place, walk)]
+        find_files(found, walk)
+        walk.notices += unused_images(folder, places, walk)
     except OSError as error:
         stop(f"DATASET = {folder}: {error.filename} can't be opened ({error.strerror}). Give "
              "yourself the right to read it.")
     return found
 
 
+def find_files(found: list[ClassFolder], walk: Walk) -> None:
+    """Fill in the image files of class folders, those in linked folders included.
+
+    What lies in the folders themselves comes first. So no image is taken twice, nor from a class
+    folder by a link in another one.
+    """
+    links: dict[Path, list[Path]] = {}
+    for part in sorted(found, key=lambda part: os.path.islink(part.path)):
+        links[part.path] = []
+        part.files = plain_files(part.path, walk, links[part.path])
+    for part in found:
+        part.files += linked_files(links[part.path], walk)
+        others = [file for file in part.files if not is_picture(file)]
+        part.files = sorted(set(part.files).difference(others))
+        walk.others += others
+
+
 def role_folders(folder: Path) -> dict[str, Path]:
-    """The folder of each role that has one; without train/, the whole folder for the role ""."""
-    if not any(path.is_dir() for path in folder.glob("train/*")):
+    """The folder of each role that has one; without parts of a split, the whole folder for "".
+
+    Stops where it can't tell whether folders are parts or classes.
+    """
+    top = folders_in(folder)
+    families: dict[str, dict[str, Path]] = {}  # of folders that are called alike but for the role
+    for path in top:
+        role, rest = role_of(path.name)
+        if role:
+            families.setdefault(rest, {}).setdefault(role, path)
+    splits = [family for family in families.values() if has_class_folders(family.get("train"))]
+    if not splits:
+        stop_at_parts_without_classes(folder, families)
         return {"": folder}
-    found = {}
-    for role, names in ROLE_FOLDERS.items():
-        there = [folder / name for name in names if (folder / name).is_dir()]
-        if there:
-            found[role] = there[0]
+    parts = splits[0]
+    for path in top:
+        role, rest = role_of(path.name)
+        if role and families[rest] is parts and parts[role] != path:
+            stop(f"DATASET = {folder}: {parts[role].name}/ and {path.name}/ would both be the "
+                 f"{role} part. Put them together, or move one of them away.")
+    others = [path for path in top if path not in parts.values() and any_picture(path)]
+    if len(splits) > 1 or (len(parts) == 1 and others):
+        names = ", ".join(f"{path.name}/" for path in others[:9])
+        train = parts["train"].name
+        stop(f"DATASET = {folder}: {train}/ holds folders like the training part of a split, but "
+             f"beside it {names} hold images too. If they are parts of the split, call them val/ "
+             f"and test/; if they are other data, move them away; if {train} is a class like "
+             "them, give it another name.")
+    return {role: parts[role] for role in ROLE_WORDS if has_class_folders(parts.get(role))}
+
+
+def role_of(name: str) -> tuple[str, str]:
+    """The role that a folder's name tells of and the rest of its name; "" where it tells of none.
+
+    "Train" -> train, ""; "seg_train" and "train2017Seg" -> train, "seg"; "strain" -> "", "".
+    """
+    words = re.sub("hold[-_ ]?out", "holdout", name, flags=re.IGNORECASE)
+    roles = []
+    rest = []
+    for word in re.split(r"[\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", words)):
+        meant = [role for role, known in ROLE_WORDS.items() if word.casefold() in known]
+        roles += meant
+        if not meant and word.casefold() not in FILLERS:
+            rest.append(word.casefold())
+    if len(roles) != 1:
+        return "", ""
+    return roles[0], " ".join(rest).strip()
+
+
+def has_class_folders(folder: Path | None) -> bool:
+    """Whether there is such a folder, with folders in it that aren't hidden."""
+    return folder is not None and bool(folders_in(folder))
+
+
+def stop_at_parts_without_classes(folder: Path, families: dict[str, dict[str, Path]]) -> None:
+    """Stop if parts of a split hold images but no classes: the parts would pass for the classes."""
+    for rest, family in families.items():
+        loose = [path.name for path in family.values() if not has_class_folders(path)]
+        if len(family) > 1 and loose and ("train" in family or not rest):
+            names = ", ".join(path.name for path in family.values())
+            stop(f"DATASET = {folder}: {names} are called like the parts of a split, but there are "
+                 f"no class folders in {', '.join(loose)}. Put the images of each class into a "
+                 f"folder of its own there, such as {folder / loose[0]}/cat/.")
+
+
+def stop_at_parts_unnamed(folder: Path, found: list[ClassFolder]) -> None:
+    """Stop if most images lie in folders of the same names below several of the class folders.
+
+    Then these are parts of a split, under names that are not known, rather than classes. A single
+    shared name is none: class/images/ is common.
+    """
+    holders: dict[str, list[ClassFolder]] = {}
+    for part in found:
+        inner = {file.relative_to(part.path).parts[0] for file in part.files
+                 if file.parent != part.path}
+        for name in inner:
+            holders.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(part)
+    shared = {name: parts for name, parts in holders.items() if len(parts) > 1}
+    alike = [part for part in found if sum(part in parts for parts in shared.values()) > 1]
+    images = sum(len(part.files) for part in found)
+    if len(alike) > 1 and sum(len(part.files) for part in alike) > images / 2:
+        names = ", ".join(f"{part.path.name}/" for part in alike[:9])
+        stop(f"DATASET = {folder}: {printable(names)} hold folders of the same names "
+             f"({printable(', '.join(sorted(shared)[:9]))}), like the parts of a split. If they "
+             "are, call them train/, val/ and test/. If they are the classes, put the images "
+             "straight into them.")
+
+
+def deeper_folder(folder: Path) -> str:
+    """A sentence that names the one folder in a folder that has class folders itself, or ""."""
+    deeper = [path for path in folders_in(folder) if len(folders_in(path)) > 1]
+    return f" Did you mean {deeper[0]}?" if len(deeper) == 1 else ""
+
+
+def unused_images(folder: Path, places: dict[str, Path], walk: Walk) -> Iterator[str]:
+    """Sentences on a split's parts, and on images that are in none of their class folders."""
+    if "" not in places:
+        uses = [f"{place.name}/ {ROLE_USES[role]}" for role, place in places.items()]
+        missing = [role for role in ROLE_USES if role not in places]
+        if missing:
+            uses.append(f"a fifth of the training images is set apart for {' and '.join(missing)}")
+        yield f"{printable(', '.join(uses))}."
+    beside = dict.fromkeys([folder, *places.values()])
+    loose = [file for place in beside for file in sorted(place.iterdir())
+             if file.is_file() and not is_hidden(file.name) and has_picture_ending(file)]
+    if loose:
+        yield (f"{len(loose):,} images lie beside the class folders, so they have no class and "
+               f"are not used, such as {printable(loose[0])}.")
+    if "" in places:
+        return
+    for path in folders_in(folder):
+        if path not in places.values():
+            files = plain_files(path, Walk(walk.root, set(walk.entered)), [])
+            unused = [file for file in files if has_picture_ending(file)]
+            why = "is no part of the split"
+            if not has_class_folders(path):
+                why = "holds no class folders"
+            if unused:
+                yield f"{len(unused):,} images in {printable(path)}/ are not used, for it {why}."
+
+
+# ---- Files in folders ----
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is there for programs, not for people."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def folders_in(folder: Path, walk: Walk | None = None) -> list[Path]:
+    """The folders in a folder, sorted, hidden ones left out, and links that lead back to it."""
+    here = os.path.realpath(folder)
+    found = []
+    for path in sorted(folder.iterdir()):
+        if is_hidden(path.name) or not path.is_dir():
+            continue
+        if not Path(here).is_relative_to(os.path.realpath(path)):
+            found.append(path)
+        elif walk:
+            walk.passed.append(path)
     return found
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and the folders in it, sorted, hidden ones left out.
+    """All files in a folder and the folders in it, linked ones too, sorted, hidden ones left out.
 
     Stops if a folder can't be opened.
     """
+    walk = Walk(os.path.realpath(folder))
+    links: list[Path] = []
+    files = plain_files(folder, walk, links)
+    return sorted(files + linked_files(links, walk))
+
+
+def plain_files(folder: Path, walk: Walk, links: list[Path]) -> list[Path]:
+    """All files in a folder and the folders in it; adds the links to folders to `links`."""
     def refuse(error: OSError) -> NoReturn:
         stop(f"{error.filename} can't be opened ({error.strerror}). Give yourself the right to "
              "read it, or move it away.")
 
     files: list[Path] = []
     for place, folders, names in os.walk(folder, onerror=refuse):
+        real = os.path.realpath(place)
+        if real in walk.entered:
+            walk.passed.append(Path(place))
+            folders.clear()
+            continue
+        walk.entered.add(real)
         # Changed in place, which tells os.walk where to go on: .ipynb_checkpoints holds copies.
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(files)
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        inner = [Path(place, name) for name in folders]
+        links += [path for path in inner if os.path.islink(path)]
+        files += [Path(place, name) for name in names if not is_hidden(name)]
+    return files
+
+
+def linked_files(links: list[Path], walk: Walk) -> list[Path]:
+    """All files in linked folders, each entered once; none from where the link itself lies."""
+    files: list[Path] = []
+    for link in links:  # which grow on the way
+        target = os.path.realpath(link)
+        inside = (walk.root, os.path.realpath(link.parent))
+        if any(Path(place).is_relative_to(target) for place in inside):
+            walk.passed.append(link)
+        else:
+            files += plain_files(link, walk, links)
+    return files
+
+
+def passed_links(walk: Walk) -> str:
+    """A sentence on links that were not followed, with a space before it, or ""."""
+    if not walk.passed:
+        return ""
+    return (f" Not followed: {len(walk.passed):,} links to folders that are used already or that "
+            f"lead back to where they lie, such as {printable(walk.passed[0])}.")
+
+
+@functools.cache
+def picture_endings() -> frozenset[str]:
+    """The endings of file names that stand for images."""
+    Image.init()
+    known = [ending for ending, kind in Image.registered_extensions().items()
+             if kind in Image.OPEN and kind not in NO_PICTURES]
+    return frozenset([*known, *FOREIGN_PICTURES])
+
+
+def has_picture_ending(file: Path) -> bool:
+    """Whether a file is called like an image."""
+    return file.suffix.lower() in picture_endings()
+
+
+def is_picture(file: Path) -> bool:
+    """Whether a file is called like an image, damaged or not, or by its first bytes is one."""
+    if has_picture_ending(file):
+        return True
+    try:
+        if not file.is_file():
+            return False  # a pipe would be waited for
+        with Image.open(file, formats=CERTAIN):
+            return True
+    except PermissionError:
+        return True  # nobody can tell, so it is named among the unreadable ones
+    except Exception:  # Pillow raises nearly anything
+        return False
+
+
+def any_picture(folder: Path) -> bool:
+    """Whether there is a file that is called like an image somewhere in a folder."""
+    return any(has_picture_ending(file) for file in files_below(folder))
+
+
+def other_kinds(others: list[Path]) -> str:
+    """A sentence that counts files that are no images by kind, with a space before it, or ""."""
+    if not others:
+        return ""
+    kinds: dict[str, int] = {}
+    for file in others:
+        kind = printable(file.suffix.lower()) or "without an ending"
+        kinds[kind] = kinds.get(kind, 0) + 1
+    commonest = sorted(kinds, key=lambda kind: -kinds[kind])
+    counted = [f"{kinds[kind]:,} {kind}" for kind in commonest[:10]]
+    if len(commonest) > 10:
+        counted.append(f"{sum(kinds[kind] for kind in commonest[10:]):,} of other kinds")
+    return (f" Left out, for they are no images: {', '.join(counted)} (such as "
+            f"{printable(others[0])}).")
 
 
 # ---- Decoding image files ----
 
 
-def decode_all(paths: list[Path], side: int,
-               flags: SimpleNamespace) -> tuple[Tensor, dict[int, str]]:
+PixelScale = dict[str, list[float]]  # kind of pixels: the values that are shown black and white
+
+
+def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
+               scale: PixelScale | None = None) -> tuple[Tensor, dict[int, str]]:
     """All the images, uint8 [n, 3, side, side], each file opened once on each machine.
 
-    Also a message for each position whose file can't be read; its image is black.
+    Also a message for each position whose file can't be read; its image is black. Pixels of more
+    than 8 bits are shown at the given scale. What it lacks is found in these images, and added.
     """
     unreadable: dict[int, str] = {}
+    scale = {} if scale is None else scale
     with first_on_each_machine() as first:
         images = room_for(len(paths), side, flags, fresh=first)
 
-        def read_one(position: int) -> None:
+        def read_one(position: int) -> bool:
             try:
-                images[position] = torch.from_numpy(decode(paths[position], side).copy())
+                image = decode(paths[position], side, scale)
             except Exception as error:  # Pillow raises nearly anything on a damaged file
                 images[position] = 0
-                unreadable[position] = printable(f"{paths[position]}: {reason(error)}")
+                why = why_unreadable(paths[position], error)
+                unreadable[position] = printable(f"{paths[position]}: {why}")
+                return False
+            if image is not None:
+                images[position] = torch.from_numpy(image.copy())
+            return image is None
+
+        def read(positions: Sequence[int]) -> list[int]:
+            # Pillow decodes outside Python's lock, so threads serve.
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                work = pool.map(read_one, positions)
+                waiting = list(progress(work, "decoding", len(positions)))
+            return [place for place, waits in zip(positions, waiting, strict=True) if waits]
 
         if first:
             # Only a warning up to twice the size that Pillow allows; beyond, an error, and listed.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            # Pillow decodes outside Python's lock, so threads serve.
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                work = pool.map(read_one, range(len(paths)))
-                for _ in progress(work, "decoding", len(paths)):
-                    pass
-    return images, from_first_process(lambda: unreadable)
+            warnings.filterwarnings("ignore", module="PIL")  # of metadata that nobody looks at
+            waiting = read(range(len(paths)))
+            while waiting:  # once for each kind of pixels that the scale lacks
+                found = find_scale([paths[position] for position in waiting])
+                scale |= found | scale  # in place, for whoever keeps it
+                waiting = read(waiting)
+    unreadable, found = from_first_process(lambda: (unreadable, scale))
+    scale |= found
+    return images, unreadable
 
 
 def room_for(count: int, side: int, flags: SimpleNamespace, fresh: bool) -> Tensor:
@@ -2457,44 +2799,217 @@ def make_file(file: Path, size: int) -> None:
              "TRAIN_IMAGES or IMAGE_SIZE.")
 
 
-def decode(path: Path, side: int) -> np.ndarray:
+def decode(path: Path, side: int, scale: PixelScale | None = None) -> np.ndarray | None:
     """An image file as uint8 [3, side, side]: shorter side to `side`, then the middle square.
 
     Any mode becomes RGB, as it is meant to be seen: EXIF rotation is applied, transparency laid
-    over white, 16 bits scaled to 8. OSError, or another of Pillow's errors, if it can't be read.
+    over white, more than 8 bits scaled to 8: at the image's own scale, if none is given. None if
+    a scale is given that lacks its kind of pixels. OSError, or another of Pillow's errors, if it
+    can't be read. Metadata that keeps Pillow from an image is left away.
     """
-    if not path.is_file():
-        raise OSError("not a file")  # a pipe would be waited for
-    with Image.open(path) as image:
+    def show_image(image: Image.Image) -> np.ndarray | None:
+        kind = deep_pixels(image)
+        if kind and scale is not None and kind not in scale:
+            return None
         # Lets the JPEG decoder skip detail that the resizing below would average away.
         image.draft("RGB", (side, side))
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            image = in_8_bits(image)
+        image = upright(image)
+        if kind:
+            values = np.asarray(image, dtype=float)
+            own = {kind: black_and_white([extent(values)], kind)}
+            image = in_8_bits(values, (scale or own)[kind])
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
         return np.asarray(image).transpose(2, 0, 1)
 
+    return read_image(path, show_image)
 
-def in_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 or 32 bits a pixel in 8 bits: Pillow would clip at 255, not scale.
 
-    Whole numbers of 16 bits reach up to 65,535. Other files don't tell how far theirs reach: taken
-    is the least of 1, 255 and 65,535 that no value exceeds, else the largest value.
+def read_image(path: Path, use: Callable[[Image.Image], Any]) -> Any:
+    """What use() makes of an image file; if need be of the file without its metadata.
+
+    OSError, or another of Pillow's errors, if it can't be read.
     """
-    values = np.nan_to_num(np.asarray(image, dtype=float)).clip(0)
-    brightest = values.max()
-    if image.mode.startswith("I;16"):
-        white = 65535
-    elif brightest <= 1:
-        white = 1
-    elif brightest <= 255:
-        white = 255
-    else:
-        white = max(brightest, 65535)
-    return Image.fromarray((values / white * 255).round().astype(np.uint8))
+    if not path.is_file():
+        raise OSError("not a file")  # a pipe would be waited for
+    try:
+        with Image.open(path) as image:
+            return use(image)
+    except Image.DecompressionBombError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything
+        for keep_exif in (True, False):
+            with contextlib.suppress(Exception):
+                bare = without_metadata(path.read_bytes(), keep_exif)
+                with Image.open(io.BytesIO(bare)) as image:
+                    return use(image)
+        raise error from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data say; as it is where they can't be understood."""
+    image.load()
+    turns = Image.Transpose
+    methods = {2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM,
+               5: turns.TRANSPOSE, 6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90}
+    try:
+        method = methods.get(image.getexif().get(0x0112))  # the tag "Orientation"
+    except Exception:  # Pillow raises nearly anything
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def without_metadata(content: bytes, keep_exif: bool) -> bytes:
+    """A PNG or JPEG file's content without texts, profiles and the like; b"" for other files."""
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        kept = [b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"]
+        if keep_exif:
+            kept.append(b"eXIf")
+        return content[:8] + b"".join(chunk for kind, chunk in png_chunks(content) if kind in kept)
+    if content.startswith(b"\xff\xd8"):
+        return content[:2] + jpeg_without_metadata(content, keep_exif)
+    return b""
+
+
+def png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The chunks of a PNG file: each with its kind, as they stand there."""
+    place = 8
+    while place < len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4])
+        yield content[place + 4 : place + 8], content[place:end]
+        place = end
+
+
+def jpeg_without_metadata(content: bytes, keep_exif: bool) -> bytes:
+    """A JPEG file from its first segment on, without comments and without what programs added.
+
+    What says how colours are stored (APP0 and APP14) stays.
+    """
+    segments = []
+    place = 2
+    while content[place : place + 1] == b"\xff" and content[place + 1] != 0xDA:  # the pixels
+        end = place + 2 + int.from_bytes(content[place + 2 : place + 4])
+        marker = content[place + 1]
+        exif = keep_exif and content[place + 4 : place + 8] == b"Exif"
+        if marker in (0xE0, 0xEE) or exif or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            segments.append(content[place:end])
+        place = end
+    return b"".join([*segments, content[place:]])
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Why an image file can't be read, in a clause, and what to do about it where that is known."""
+    start = b""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as stream:
+                start = stream.read(64)
+            if not start:
+                return "the file is empty"
+    apple = start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+    if apple or (start and path.suffix.lower() in (".heic", ".heif", ".hif")):
+        return ("a HEIC picture, which can't be read here. Save it as JPEG, such as with Preview "
+                "on a Mac; an iPhone takes JPEGs with Settings, Camera, Formats, Most Compatible")
+    if isinstance(error, Image.DecompressionBombError):
+        pixels, limit = re.findall(r"\d+", str(error))[:2]
+        return (f"its {int(pixels):,} pixels are more than the {int(limit):,} that are read. Save "
+                "it smaller, or cut it into parts")
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS instead of the picture. Fetch it with git lfs pull"
+    if isinstance(error, UnidentifiedImageError) and start:
+        return "it is no image of a kind that can be read here. Save it as JPEG or PNG"
+    return reason(error)
+
+
+# ---- Pixels of more than 8 bits ----
+
+
+def deep_pixels(image: Image.Image) -> str:
+    """The kind of an image's pixels where they have more than 8 bits, "whole" or "real", or ""."""
+    return {"I": "whole", "F": "real"}.get(image.mode[0], "")
+
+
+def find_scale(paths: list[Path]) -> PixelScale:
+    """Which values are to be black and white in images of more than 8 bits, for each kind.
+
+    Neither a file nor its own largest value tells how far a detector's values reach, so it is
+    found from all images together, or from 500 of them that are spread evenly.
+    """
+    def measure(path: Path) -> tuple[str, tuple[float, float]] | None:
+        try:
+            return read_image(path, lambda image: (deep_pixels(image), extent(np.asarray(image))))
+        except Exception:  # it will be reported when it is decoded
+            return None
+
+    extents: dict[str, list[tuple[float, float]]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for measured in pool.map(measure, paths[:: math.ceil(len(paths) / 500)]):
+            if measured:
+                kind, reach = measured
+                extents.setdefault(kind, []).append(reach)
+    if not extents:  # all of these are damaged
+        return dict(whole=[0.0, 65535.0], real=[0.0, 1.0])
+    return {kind: black_and_white(reaches, kind) for kind, reaches in extents.items()}
+
+
+def extent(values: np.ndarray) -> tuple[float, float]:
+    """The lowest and highest of an image's values, without the few that may be broken pixels.
+
+    These are a fifth of a per cent at either end, four at least in all but tiny images.
+    """
+    finite = values[np.isfinite(values)].astype(float)
+    if not finite.size:
+        return 0.0, 0.0
+    few = max(finite.size // 500, min(4, finite.size // 20))
+    ordered = np.partition(finite, [few, finite.size - 1 - few])
+    return float(ordered[few]), float(ordered[-1 - few])
+
+
+def black_and_white(extents: list[tuple[float, float]], kind: str) -> list[float]:
+    """The values shown black and white, from the lowest and highest value of each image.
+
+    The power of two that the values reach up to (of whole numbers, one less: 4,095 has 12 bits),
+    and where some are negative also that of the lowest; else black is 0. But values that fill
+    less than an eighth of that, such as temperatures, are shown from the lowest to the highest.
+    A fiftieth of the images may be broken as a whole.
+    """
+    spare = len(extents) // 50
+    low = sorted(low for low, _ in extents)[spare]
+    high = sorted(high for _, high in extents)[-1 - spare]
+    black = 0.0 - power_of_two(-low)
+    white = power_of_two(high)
+    if kind == "whole":
+        white = power_of_two(high + 1) - 1
+    if black == white:
+        white = black + 1
+    if 0 < high - low < (white - black) / 8:
+        margin = (high - low) / 4
+        return [low - margin, high + margin]
+    return [black, white]
+
+
+def power_of_two(value: float) -> float:
+    """The least power of two that isn't below a value; 0 if that isn't above 0."""
+    return 2.0 ** math.ceil(math.log2(value)) if value > 0 else 0.0
+
+
+def in_8_bits(values: np.ndarray, scale: list[float]) -> Image.Image:
+    """A grey image of values [H, W] between those that are black and white: Pillow would clip."""
+    black, white = scale
+    values = np.nan_to_num(values, nan=black, posinf=white, neginf=black)
+    shares = ((values - black) / (white - black)).clip(0, 1)
+    return Image.fromarray((shares * 255).round().astype(np.uint8))
+
+
+def shown_scale(scale: PixelScale) -> str:
+    """Which pixels of more than 8 bits are shown black and white, in words."""
+    names = {"whole": "whole numbers", "real": "numbers with decimals"}
+    ranges = []
+    for kind, (black, white) in sorted(scale.items()):
+        ranges.append(f"{names[kind]} from {black:,.6g} (black) to {white:,.6g} (white)")
+    return ", ".join(ranges)
 
 
 # ---- Who learns from which images ----
@@ -2517,11 +3032,9 @@ def split(source: Source, train_limit: int, test_limit: int, seed: int) -> dict[
         if len(pool):
             pool = pool[stratified_order(source.labels[pool], random)]
         else:
-            count = len(rest) // 5
-            pool = rest[:count]
-            rest = rest[count:]
+            pool, rest = set_apart(rest, source.labels)
         chosen[role] = pool[: limit or len(pool)]
-    chosen["train"] = rest[: train_limit or len(rest)]
+    chosen["train"] = with_every_class(rest, train_limit or len(rest), source.labels)
     check_split(source, np.arange(len(source.labels)), chosen)
     return chosen
 
@@ -2539,6 +3052,50 @@ def stratified_order(labels: np.ndarray, random: np.random.Generator) -> np.ndar
     return np.argsort(rank, kind="stable")
 
 
+def set_apart(order: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first fifth of the indices in `order`, and the others, with an image of every class."""
+    _, from_the_end = np.unique(labels[order[::-1]], return_index=True)
+    kept = len(order) - 1 - from_the_end  # where each class's last image stands
+    taken = np.delete(order, kept)[: len(order) // 5]
+    return taken, order[~np.isin(order, taken)]
+
+
+def with_every_class(order: np.ndarray, limit: int, labels: np.ndarray) -> np.ndarray:
+    """The first indices in `order`, as many as the limit says, with an image of every class."""
+    _, needed = np.unique(labels[order], return_index=True)
+    if len(needed) > limit:
+        return order[:limit]
+    others = np.delete(np.arange(len(order)), needed)[: limit - len(needed)]
+    return order[np.sort(np.concatenate([needed, others]))]
+
+
+def part_notices(source: Source, labels: Tensor, parts: dict[str, np.ndarray]) -> Iterator[str]:
+    """Sentences on images that are in no part, and on parts that lack a class."""
+    used = sum(len(part) for part in parts.values())
+    unused = len(source.labels) - used - len(source.unreadable)
+    if unused > 0:
+        yield (f"{unused:,} of {len(source.labels):,} images are not used. Raise TRAIN_IMAGES or "
+               "TEST_IMAGES to use more.")
+    images = {}
+    for role, part in parts.items():
+        images[role] = torch.bincount(labels[part], minlength=len(source.classes)).numpy()
+    for role, lack in (("validation", "validation says"), ("test", "the test says")):
+        missing = [source.classes[label] for label in np.flatnonzero(images[role] == 0)]
+        if missing:
+            yield f"No {role} images of {some_names(missing)}: {lack} nothing of them."
+    single = [source.classes[label] for label in np.flatnonzero(images["train"] == 1)]
+    if single:
+        yield f"A single image to train on of {some_names(single)}."
+
+
+def some_names(names: list[str]) -> str:
+    """Up to nine names in a row, and how many there are more."""
+    shown = ", ".join(names[:9])
+    if len(names) > 9:
+        shown = f"{shown} and {len(names) - 9:,} more"
+    return shown
+
+
 def check_split(source: Source, positions: np.ndarray, parts: dict[str, np.ndarray]) -> None:
     """Stop unless every part has images and the training part has every class.
 
@@ -2554,6 +3111,172 @@ def check_split(source: Source, positions: np.ndarray, parts: dict[str, np.ndarr
             stop(f"DATASET {source.name}: too few images for a {role} part with every class: "
                  f"{len(positions)} images of {len(source.classes)} classes{none_for}. Add images, "
                  "or raise TRAIN_IMAGES or TEST_IMAGES.")
+
+
+# ---- Images that are there twice ----
+
+SKETCH = 16  # pixels a side of what near-copies are found by
+# From where on two sketches show the same. Copies at half the size or at a JPEG quality of 60 reach
+# 0.93 and 0.995; of 3,000 pictures of Fashion-MNIST, much alike as they are, about 10 pairs do.
+NEAR_DETAIL = 0.9  # correlation of the details
+NEAR_WHOLE = 0.993  # correlation of the whole sketches, in grey
+NEAR_COLOURS = 25  # of 255: how far colours may lie apart on average
+
+
+@dataclass
+class Copies:
+    """Which of the decoded images show the same: they have the same number."""
+
+    identical: np.ndarray  # int64 [N], pixel by pixel
+    near: np.ndarray  # int64 [N], also encoded anew, in another size, brighter, or mirrored
+
+
+def find_copies(images: Tensor, parts: dict[str, np.ndarray], flags: SimpleNamespace) -> Copies:
+    """Look for copies among uint8 [N, 3, side, side], as far as these are in a part."""
+    identical = np.arange(len(images))
+    first: dict[bytes, int] = {}
+    for place in np.sort(np.concatenate(list(parts.values()))):
+        digest = hashlib.blake2b(images[place].numpy()).digest()
+        identical[place] = first.setdefault(digest, place)
+    near = identical.copy()
+    different = np.array(list(first.values()))
+    for one, others in near_copies(images, different, flags.HORIZONTAL_FLIP):
+        near[np.isin(near, near[others])] = near[one]
+    return Copies(identical, near)
+
+
+def near_copies(images: Tensor, chosen: np.ndarray,
+                mirror: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """An index of a chosen image, and those behind it that show the same, for each that has any.
+
+    Compared are sketches of 16 x 16 pixels, and of these the detail that stands out from the
+    pixels around it: pictures of one kind share their layout, but only copies share the detail.
+    """
+    if images.shape[-1] < SKETCH or len(chosen) < 2:
+        return
+    parts = [sketch(images[some]) for some in torch.from_numpy(chosen).split(500)]
+    whole = torch.cat([part[0] for part in parts])
+    detail = torch.cat([part[1] for part in parts])
+    shown = [(whole, detail)]
+    if mirror:
+        shown.append((whole.flip(-1), detail.flip(-1)))
+    detail = detail.flatten(1)
+    rows = max(1, 2**24 // len(detail))  # 64 MB of correlations at a time
+    for other_whole, other_detail in shown:
+        others = other_detail.flatten(1)
+        for start in range(0, len(detail), rows):
+            alike = (detail[start : start + rows] @ others[start:].T > NEAR_DETAIL).triu(1)
+            for row in alike.any(1).nonzero()[:, 0].tolist():
+                found = start + alike[row].nonzero()[:, 0]
+                found = found[same_whole(whole[start + row], other_whole[found])]
+                if len(found):
+                    yield int(chosen[start + row]), chosen[found.numpy()]
+
+
+def sketch(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [n, 3, 16, 16] and their detail [n, 14, 14] of length 1, or 0 where there is none."""
+    small = F.interpolate(images.float(), SKETCH, mode="bilinear", antialias=True)
+    detail = (small[:, :, 1:-1, 1:-1] - F.avg_pool2d(small, 3, stride=1)).mean(1)
+    length = detail.flatten(1).norm(dim=1)[:, None, None]
+    enough = length > detail.shape[-1]  # a level a pixel; below, it may be the encoder's
+    return small, torch.where(enough, detail / length, 0.0)
+
+
+def same_whole(image: Tensor, others: Tensor) -> Tensor:
+    """Which of the others [n, 3, 16, 16] have an image's layout and colours: bool [n]."""
+    colours = (others - image).abs().mean((1, 2, 3))
+    grey = image.mean(0).flatten()
+    other_grey = others.mean(1).flatten(1)
+    grey = grey - grey.mean()
+    other_grey = other_grey - other_grey.mean(1, keepdim=True)
+    likeness = other_grey @ grey / (other_grey.norm(dim=1) * grey.norm())
+    return (colours < NEAR_COLOURS) & (likeness > NEAR_WHOLE)
+
+
+def split_by_us(source: Source) -> list[str]:
+    """The parts between which images may be moved, the training part first."""
+    given = set(source.roles.tolist())
+    return ["train", *[role for role in ("validation", "test") if role not in given]]
+
+
+def keep_together(parts: dict[str, np.ndarray], copies: Copies, labels: Tensor,
+                  ours: list[str]) -> dict[str, np.ndarray]:
+    """The parts with images that show the same in one of them, as far as they are split by us.
+
+    Each part keeps about its size, class by class: the groups of copies that lie in several parts
+    are dealt out anew, the largest first, each to the part that has most places of its class left.
+    """
+    owner = np.full(len(labels), -1)
+    for place, role in enumerate(ours):
+        owner[parts[role]] = place
+    spread = []
+    for members in groups_of(copies.near, np.flatnonzero(owner >= 0)):
+        if len(np.unique(owner[members])) > 1:
+            spread.append(members)
+    if not spread:
+        return parts
+    room: dict[int, np.ndarray] = {}  # places left of each class, in each part
+    for members in spread:
+        for image in members:
+            room.setdefault(int(labels[image]), np.zeros(len(ours)))[owner[image]] += 1
+    for members in sorted(spread, key=len, reverse=True):
+        place = int(room[int(labels[members[0]])].argmax())
+        owner[members] = place
+        for image in members:
+            room[int(labels[image])][place] -= 1
+    moved = dict(parts)
+    for place, role in enumerate(ours):
+        moved[role] = np.flatnonzero(owner == place)
+    learned = labels[moved["train"]].unique()
+    whole = len(learned) == len(labels[parts["train"]].unique())
+    return moved if whole and min(len(part) for part in moved.values()) > 1 else parts
+
+
+def groups_of(numbers: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
+    """The chosen indices that have the same number, in groups of two or more."""
+    order = chosen[np.argsort(numbers[chosen], kind="stable")]
+    cuts = np.flatnonzero(np.diff(numbers[order])) + 1
+    return [group for group in np.split(order, cuts) if len(group) > 1]
+
+
+def copied_images(parts: dict[str, np.ndarray], copies: Copies) -> dict[str, np.ndarray]:
+    """Which test images were learned from or chosen by, and which validation images learned from.
+
+    bool [n] each.
+    """
+    seen = copies.near[parts["train"]]
+    copied = {"validation": np.isin(copies.near[parts["validation"]], seen)}
+    seen = np.concatenate([seen, copies.near[parts["validation"]]])
+    return copied | {"test": np.isin(copies.near[parts["test"]], seen)}
+
+
+def copy_notices(parts: dict[str, np.ndarray], copies: Copies, labels: Tensor,
+                 files: list[Path]) -> Iterator[str]:
+    """Sentences on images that are there more than once, each with an example."""
+    chosen = np.sort(np.concatenate(list(parts.values())))
+    groups = groups_of(copies.near, chosen)
+    if not groups:
+        return
+    copied = copied_images(parts, copies)
+    count = sum(len(group) - 1 for group in groups)
+    said = (f"COPIES: {count:,} images show the same as others, if only encoded anew, resized or "
+            f"mirrored, such as {printable(files[groups[0][0]])} and "
+            f"{printable(files[groups[0][1]])}.")
+    if not any(mask.any() for mask in copied.values()):
+        yield f"{said} They are kept in one part, so none is tested on what was learned."
+    else:
+        yield said
+    for role, why in (("test", "the report also gives the accuracy without them"),
+                      ("validation", "what is chosen by it may be chosen wrongly")):
+        if copied[role].any():
+            example = printable(files[parts[role][copied[role]][0]])
+            yield (f"COPIES: {copied[role].sum():,} of {len(parts[role]):,} {role} images are also "
+                   f"in another part, such as {example}, so the {role} accuracy flatters; {why}.")
+    torn = [group for group in groups_of(copies.identical, chosen)
+            if len(labels[group].unique()) > 1]
+    if torn:
+        yield (f"COPIES: {len(torn):,} images lie in more than one class, such as "
+               f"{printable(files[torn[0][0]])}: one of the labels is wrong.")
 
 
 # ==== 17. Weights: given files, the hub's cache, the hub, a stand-in, or random ones ==============
@@ -3541,7 +4264,7 @@ def collect_results(job: Job) -> dict[str, Any]:
     results = dict(
         flags=vars(job.flags),
         environment=describe_environment(job.device),
-        dataset=describe_dataset(job.data),
+        dataset=describe_dataset(job.data) | dict(copies=without_copies(job)),
         models=[tested.entry for tested in job.tested],
         ensemble=ensemble,
         classes=classes,
@@ -3593,6 +4316,26 @@ def name_strengths(compared: list[dict[str, Any]]) -> None:
     award(MOST_ACCURATE, lambda entry: entry["accuracy"])
     # Twice the time is worth it where it halves the errors.
     award(BEST_FOR_ITS_TIME, lambda entry: (entry["accuracy"] - 1) * entry["seconds"])
+
+
+def without_copies(job: Job) -> dict[str, Any] | None:
+    """How accurate the models are on test images that none was learned from; None without copies.
+
+    final is what the run answers in the end. With TTA where it is on.
+    """
+    copied = job.data.copied
+    finished = finished_models(job)
+    if copied is None or not copied.any() or not finished:
+        return None
+    own = torch.from_numpy(~copied)
+    section = dict(test_images=len(copied), copied_images=int(copied.sum()), models={}, final=None)
+    if own.any():
+        labels = job.data.truth("test")[own]
+        for tested in finished:
+            _, accuracy = score(tested.averaged[own], labels)
+            section["models"][tested.entry["name"]] = accuracy
+        section["final"] = judge(final_probabilities(job)[own], labels)
+    return section
 
 
 def finished_models(job: Job) -> list[Tested]:
@@ -3789,7 +4532,22 @@ def accuracy_table(results: dict[str, Any]) -> list[str]:
         lines.append(f"Soft voting gains {gain} points over the best single model (best on "
                      f"validation), McNemar's p = {ensemble['gain_chance']:.2g}; the models "
                      f"disagree on {percent(ensemble['disagreement'])} of the test images.")
-    return lines
+    return lines + copies_lines(results["dataset"]["copies"])
+
+
+def copies_lines(copies: dict[str, Any] | None) -> list[str]:
+    """What the accuracy section says of test images that are also learned from."""
+    if not copies:
+        return []
+    said = (f"COPIES: {copies['copied_images']:,} of the {copies['test_images']:,} test images are "
+            "also among the training or validation images.")
+    if not copies["final"]:
+        return [f"{said} So the accuracy above says nothing of other images."]
+    low, high = copies["final"]["interval"]
+    shown = [f"{name} {percent(accuracy)}" for name, accuracy in copies["models"].items()]
+    said = (f"{said} Without them: {', '.join(shown)}; in the end "
+            f"{percent(copies['final']['accuracy'])} ({100 * low:.1f} to {100 * high:.1f}).")
+    return textwrap.wrap(said, REPORT_WIDTH)
 
 
 def accuracy_rows(results: dict[str, Any]) -> list[str]:
@@ -4584,11 +5342,20 @@ def plot_ablation(rows: list[dict[str, Any]]) -> Figure:
 def predict_files(job: Job) -> None:
     """Classify an image, or all images below a folder, by the soft vote of the trained models."""
     target = Path(job.flags.PREDICT)
-    paths = files_below(target) if target.is_dir() else [target]
-    runs, classes, stored_size, temperature = stored_models(job)
-    images, unreadable = decode_all(paths, stored_size, runs[0].flags)
-    for message in unreadable.values():
-        put_out(f"Left out, for it can't be read as an image: {message}", "stderr")
+    files = files_below(target) if target.is_dir() else [target]
+    others = [file for file in files if target.is_dir() and not is_picture(file)]
+    paths = sorted(set(files).difference(others))
+    runs, classes, stored_size, kept_scale, temperature = stored_models(job)
+    scale = dict(kept_scale)
+    images, unreadable = decode_all(paths, stored_size, runs[0].flags, scale)
+    if scale != kept_scale:
+        put_out(f"Pixels of more than 8 bits, unlike those of the training images: "
+                f"{shown_scale(scale)}. This scale was found from these files.", "stderr")
+    if others:
+        put_out(other_kinds(others).strip(), "stderr")
+    if unreadable:
+        lines = shown_unreadable(unreadable, job.flags)
+        put_out("\n".join(["Left out, for they can't be read as images:", *lines]), "stderr")
     readable = [place for place in range(len(paths)) if place not in unreadable]
     if not readable:
         stop(f"PREDICT = {target}: no image there can be read.")
@@ -4606,7 +5373,7 @@ def predict_files(job: Job) -> None:
     for path, answer in rows[:20]:
         say(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in answer))
     if target.is_dir():
-        write_answers(rows, len(unreadable), job.flags)
+        write_answers(rows, len(unreadable) + len(others), job.flags)
 
 
 def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int,
@@ -4628,12 +5395,14 @@ def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int
     say(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
 
 
-def stored_models(job: Job) -> tuple[list[Run], list[str], int, float]:
-    """The models in OUTPUT_DIR that answer, their classes, size of decoded images, temperature."""
+def stored_models(job: Job) -> tuple[list[Run], list[str], int, PixelScale, float]:
+    """The models in OUTPUT_DIR that answer, their classes, size and scale of images, temperature.
+    """
     file = Path(job.flags.OUTPUT_DIR, "results.json")
     runs = []
     classes: list[str] = []
     stored_size = 0
+    scale: PixelScale = {}
     temperature = 1.0
     try:
         results = json.loads(file.read_text("utf-8"))
@@ -4654,6 +5423,7 @@ def stored_models(job: Job) -> tuple[list[Run], list[str], int, float]:
                 raise ValueError("it comes from another run than results.json")
             runs.append(stored_run(entry["name"], saved, used, job.device))
             stored_size = saved["stored_size"]
+            scale = saved.get("scale", {})  # models of before it was kept have none
     except FileNotFoundError:
         stop(f"PREDICT: {file} is not there. Train first, such as with python "
              "advanced_techniques.py --dataset path/to/folder, or name the folder of a finished "
@@ -4664,7 +5434,7 @@ def stored_models(job: Job) -> tuple[list[Run], list[str], int, float]:
     if not runs:
         stop(f"PREDICT: the run in {job.flags.OUTPUT_DIR}/ was interrupted before a model was "
              "finished. Go on with --resume true.")
-    return runs, classes, stored_size, temperature
+    return runs, classes, stored_size, scale, temperature
 
 
 def stored_run(name: str, saved: dict[str, Any], flags: SimpleNamespace,
