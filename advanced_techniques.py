@@ -2546,7 +2546,11 @@ def stop_at_parts_unnamed(folder: Path, found: list[ClassFolder]) -> None:
         for name in inner:
             holders.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(part)
     shared = {name: parts for name, parts in holders.items() if len(parts) > 1}
-    alike = [part for part in found if sum(part in parts for parts in shared.values()) > 1]
+    alike = []
+    for part in found:
+        names_shared = sum(part in parts for parts in shared.values())
+        if names_shared > 1:
+            alike.append(part)
     images = sum(len(part.files) for part in found)
     if len(alike) > 1 and sum(len(part.files) for part in alike) > images / 2:
         names = ", ".join(f"{part.path.name}/" for part in alike[:9])
