@@ -2817,11 +2817,12 @@ def decode(path: Path, side: int, scale: PixelScale | None = None) -> np.ndarray
             return None
         # Lets the JPEG decoder skip detail that the resizing below would average away.
         image.draft("RGB", (side, side))
-        image = upright(image)
         if kind:
-            values = np.asarray(image, dtype=float)
+            values = deep_values(image, kind)
             own = {kind: black_and_white([extent(values)], kind)}
             image = in_8_bits(values, (scale or own)[kind])
+        else:
+            image = upright(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -2931,8 +2932,62 @@ def why_unreadable(path: Path, error: Exception) -> str:
 
 
 def deep_pixels(image: Image.Image) -> str:
-    """The kind of an image's pixels where they have more than 8 bits, "whole" or "real", or ""."""
+    """The kind of an image's pixels where they have more than 8 bits, or "".
+
+    "whole" or "real" numbers, in grey, or whole numbers in "colour".
+    """
+    if raw_mode(image) in LOWER_BYTES:
+        return "colour"
     return {"I": "whole", "F": "real"}.get(image.mode[0], "")
+
+
+# How Pillow reads colours of 16 bits, of which it keeps the upper byte, and how it has to read them
+# to keep the lower one: with the bytes the other way round. N is the machine's own order.
+LOWER_BYTES = {"RGB;16B": "RGB;16L", "RGB;16L": "RGB;16B", "RGBA;16B": "RGBA;16L",
+               "RGBA;16L": "RGBA;16B"}
+LOWER_BYTES["RGB;16N"] = LOWER_BYTES[f"RGB;16{sys.byteorder[0].upper()}"]
+LOWER_BYTES["RGBA;16N"] = LOWER_BYTES[f"RGBA;16{sys.byteorder[0].upper()}"]
+LOWER_BYTES["LA;16B"] = "RGBA"  # grey and alpha: all four bytes at once
+
+
+def raw_mode(image: Image.Image) -> str:
+    """How Pillow is to read the bytes of an image that isn't loaded yet, "" where it isn't said."""
+    if not image.tile:
+        return ""
+    arguments = image.tile[0][3]
+    return str(arguments[0] if isinstance(arguments, tuple) else arguments)
+
+
+def deep_values(image: Image.Image, kind: str) -> np.ndarray:
+    """Pixels of more than 8 bits, turned upright: float [H, W], or in colour [H, W, 3]."""
+    if kind != "colour":
+        return np.asarray(upright(image), dtype=float)
+    mode = raw_mode(image)
+    image.fp.seek(0)
+    content = image.fp.read()
+    upper = read_raw(content, mode)
+    lower = read_raw(content, LOWER_BYTES[mode])
+    if mode == "LA;16B":
+        upper, lower = lower[..., [0, 2]], lower[..., [1, 3]]
+    return without_alpha(256 * upper + lower)
+
+
+def read_raw(content: bytes, mode: str) -> np.ndarray:
+    """An image file's bands as Pillow gives them in a raw mode, turned upright: float [H, W, n]."""
+    with Image.open(io.BytesIO(content)) as image:
+        for place, tile in enumerate(image.tile):
+            arguments = mode
+            if isinstance(tile[3], tuple):
+                arguments = (mode, *tile[3][1:])
+            image.tile[place] = type(tile)(*tile[:3], arguments)
+        return np.asarray(upright(image), dtype=float)
+
+
+def without_alpha(values: np.ndarray) -> np.ndarray:
+    """Values of 16 bits [H, W, bands] as [H, W, 3]: infinite, so white, where transparent."""
+    if values.shape[-1] != 3:
+        values = np.where(values[..., -1:] < 2**15, np.inf, values[..., :-1])
+    return np.broadcast_to(values, (*values.shape[:2], 3))
 
 
 def find_scale(paths: list[Path]) -> PixelScale:
@@ -2941,9 +2996,13 @@ def find_scale(paths: list[Path]) -> PixelScale:
     Neither a file nor its own largest value tells how far a detector's values reach, so it is
     found from all images together, or from 500 of them that are spread evenly.
     """
+    def measure_image(image: Image.Image) -> tuple[str, tuple[float, float]]:
+        kind = deep_pixels(image)
+        return kind, extent(deep_values(image, kind))
+
     def measure(path: Path) -> tuple[str, tuple[float, float]] | None:
         try:
-            return read_image(path, lambda image: (deep_pixels(image), extent(np.asarray(image))))
+            return read_image(path, measure_image)
         except Exception:  # it will be reported when it is decoded
             return None
 
@@ -2954,7 +3013,7 @@ def find_scale(paths: list[Path]) -> PixelScale:
                 kind, reach = measured
                 extents.setdefault(kind, []).append(reach)
     if not extents:  # all of these are damaged
-        return dict(whole=[0.0, 65535.0], real=[0.0, 1.0])
+        return dict(whole=[0.0, 65535.0], real=[0.0, 1.0], colour=[0.0, 65535.0])
     return {kind: black_and_white(reaches, kind) for kind, reaches in extents.items()}
 
 
@@ -2984,7 +3043,7 @@ def black_and_white(extents: list[tuple[float, float]], kind: str) -> list[float
     high = sorted(high for _, high in extents)[-1 - spare]
     black = 0.0 - power_of_two(-low)
     white = power_of_two(high)
-    if kind == "whole":
+    if kind != "real":
         white = power_of_two(high + 1) - 1
     if black == white:
         white = black + 1
@@ -3000,7 +3059,7 @@ def power_of_two(value: float) -> float:
 
 
 def in_8_bits(values: np.ndarray, scale: list[float]) -> Image.Image:
-    """A grey image of values [H, W] between those that are black and white: Pillow would clip."""
+    """An image of values [H, W] or [H, W, 3] between black and white: Pillow would clip them."""
     black, white = scale
     values = np.nan_to_num(values, nan=black, posinf=white, neginf=black)
     shares = ((values - black) / (white - black)).clip(0, 1)
@@ -3009,7 +3068,7 @@ def in_8_bits(values: np.ndarray, scale: list[float]) -> Image.Image:
 
 def shown_scale(scale: PixelScale) -> str:
     """Which pixels of more than 8 bits are shown black and white, in words."""
-    names = {"whole": "whole numbers", "real": "numbers with decimals"}
+    names = dict(whole="whole numbers", real="numbers with decimals", colour="colours")
     ranges = []
     for kind, (black, white) in sorted(scale.items()):
         ranges.append(f"{names[kind]} from {black:,.6g} (black) to {white:,.6g} (white)")

@@ -21,6 +21,39 @@ def save(path: Path, values: np.ndarray, kind: str) -> None:
     Image.fromarray(values.astype(types[kind])).save(path)
 
 
+def save_colour(path: Path, values: np.ndarray) -> None:
+    """A PNG or TIFF file of 16 bits: [H, W, 3] RGB, [H, W, 4] with alpha, [H, W, 2] grey and alpha.
+
+    Pillow can't write them.
+    """
+    height, width, bands = values.shape
+    if path.suffix == ".png":
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+        kind = {2: 4, 3: 2, 4: 6}[bands]
+        header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+        content = b"\x89PNG\r\n\x1a\n"
+        for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            checksum = zlib.crc32(name + body)
+            content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", checksum)
+    else:
+        order = "<" if path.name.startswith("little") else ">"
+        tags = {256: width, 257: height, 258: 16, 259: 1, 262: 2, 273: 200, 277: bands,
+                278: height, 279: values.size * 2}
+        content = (b"II" if order == "<" else b"MM") + struct.pack(order + "HIH", 42, 8, len(tags))
+        for tag, value in tags.items():
+            count = bands if tag == 258 else 1
+            value = 190 if tag == 258 else value
+            kind = 4 if tag in (273, 279) else 3
+            content += struct.pack(order + "HHI", tag, kind, count)
+            if tag in (258, 273, 279):  # an address or a long number
+                content += struct.pack(order + "I", value)
+            else:
+                content += struct.pack(order + "HH", value, 0)
+        content = content.ljust(190, b"\0") + struct.pack(order + "3H", 16, 16, 16)
+        content = content.ljust(200, b"\0") + values.astype(order + "u2").tobytes()
+    path.write_bytes(content)
+
+
 def decoded(paths: list[Path], scale: dict | None = None) -> np.ndarray:
     images, unreadable = at.decode_all(paths, 16, quick_flags(), scale)
     assert not unreadable
@@ -114,6 +147,43 @@ def test_each_kind_of_pixels_has_its_own_scale_and_eight_bits_need_none(tmp_path
     shown = decoded([*paths, tmp_path / "grey.png"], scale)
     assert scale == {"whole": [0, 4095], "real": [0, 1]}
     assert (shown[-1] == 77).all() and shown[11].max() > 240 and shown[23].max() > 250
+
+
+@pytest.mark.parametrize(("name", "bands"), [("rgb.png", 3), ("rgba.png", 4), ("grey.png", 2),
+                                             ("little.tif", 3), ("big.tif", 3)])
+def test_colours_of_twelve_bits_are_neither_dark_nor_coarse(name, bands, tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (16, 16, bands))
+    values[0, 0] = 4095
+    if bands != 3:
+        values[..., -1] = 65535
+        values[1, 1] = 0  # transparent, so white, and no reason to widen the scale
+    save_colour(tmp_path / name, values)
+    with Image.open(tmp_path / name) as image:
+        read = at.deep_values(image, at.deep_pixels(image))
+    colours = values if bands == 3 else values[..., :-1]
+    seen = np.ones((16, 16), bool)
+    seen[1, 1] = bands == 3
+    assert np.array_equal(read[seen], np.broadcast_to(colours, (16, 16, 3))[seen])
+    scale = {}
+    images, unreadable = at.decode_all([tmp_path / name], 16, quick_flags(), scale)
+    assert not unreadable and scale == {"colour": [0, 4095]}
+    shown = images[0].permute(1, 2, 0).numpy()
+    assert np.abs(shown - read / 4095 * 255)[seen].max() <= 0.5
+    assert bands == 3 or (shown[1, 1] == 255).all()
+
+
+def test_colours_of_sixteen_bits_turn_with_their_file(tmp_path):
+    values = np.zeros((16, 16, 3), int)
+    values[:8] = 65535
+    save_colour(tmp_path / "a.png", values)
+    content = (tmp_path / "a.png").read_bytes()
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    body = b"eXIf" + exif.tobytes()[6:]
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:])
+    shown = decoded([tmp_path / "a.png"])[0]
+    assert (shown[8:] == 255).all() and (shown[:8] == 0).all()
 
 
 def test_a_data_set_of_twelve_bits_says_and_keeps_its_scale(tmp_path):
@@ -238,13 +308,15 @@ def test_predict_answers_as_the_run_measured_in_every_format(tmp_path):
         (folder / name).mkdir(parents=True)
         for number in range(30):
             values = level * random.uniform(0.5, 1.5, (16, 16))
-            kind = ("png", "I.tif", "F.tif", "8.png", "turned.jpg")[number % 5]
+            kind = ("png", "I.tif", "F.tif", "8.png", "turned.jpg", "rgb.png")[number % 6]
             path = folder / name / f"{number}.{kind}"
             if kind == "8.png":
                 Image.fromarray((values * 255).astype(np.uint8)).save(path)
             elif kind == "turned.jpg":
                 grey = Image.fromarray((values * 255).astype(np.uint8))
                 grey.save(path, exif=strange_exif())
+            elif kind == "rgb.png":
+                save_colour(path, (values * 4000).astype(int)[..., None].repeat(3, axis=2))
             else:
                 save(path, values * (1 if kind == "F.tif" else 4000), kind)
     output = ["--output-dir", str(tmp_path / "out"), "--data-dir", str(tmp_path / "data")]
@@ -256,7 +328,7 @@ def test_predict_answers_as_the_run_measured_in_every_format(tmp_path):
     chosen = at.split(source, flags.TRAIN_IMAGES, flags.TEST_IMAGES, flags.SEED)["test"]
     saved = torch.load(tmp_path / "out" / "checkpoints" / "test_resnet.pt")
     measured = saved["finished"]["averaged"].numpy()
-    assert saved["scale"] == {"whole": [0, 4095], "real": [0, 1]}
+    assert saved["scale"] == {"whole": [0, 4095], "real": [0, 1], "colour": [0, 4095]}
     at.main(["--predict", str(folder), *output])
     with (tmp_path / "out" / "predictions.csv").open(newline="") as stream:
         rows = {row["path"]: row for row in csv.DictReader(stream)}
