@@ -218,21 +218,17 @@ def new_run(name: str, weights: Weights, seed: int, job: Job) -> Run:
 
 
 def layer_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The network's parameters in timm's layer groups: the head, then from the last to the stem.
+    """The network's parameters in layer groups: the head, then from the last to the stem.
 
-    The head is the classifier alone. What timm groups with it (a final norm) joins the last group.
+    The head is the classifier alone. A group of the backbone is all that works at one resolution,
+    as layer4, layer3 and so on of a ResNet do, for later layers see larger and rarer things.
     """
-    parameters = dict(network.named_parameters())
     head = list(network.get_classifier().parameters())
-    in_head = {id(parameter) for parameter in head}
-    backbone: dict[str, list[nn.Parameter]] = {}  # from the stem on, as timm counts
-    label = ""
-    for _, names in sorted(group_parameters(network, network.group_matcher(coarse=True)).items()):
-        own = [name for name in names if id(parameters[name]) not in in_head]
-        if len(own) == len(names) or not backbone:
-            label = group_label(names[0])  # "layer4.0.conv1.weight" -> "layer4"
-            backbone.setdefault(label, [])
-        backbone[label] += [parameters[name] for name in own]
+    parameters = dict(network.named_parameters())
+    backbone: dict[str, list[nn.Parameter]] = {}
+    for names in by_resolution(backbone_blocks(network), network):
+        group = backbone.setdefault(group_label(names), [])
+        group += [parameters[name] for name in names]
     return {"head": head} | dict(reversed(backbone.items()))
 
 
@@ -3731,8 +3727,57 @@ def new_network(architecture: str, classes: int, flags: SimpleNamespace,
     return timm.create_model(architecture, num_classes=classes, **options)
 
 
-def group_label(parameter: str) -> str:
-    """A layer group's name from its first parameter's: "blocks.6.0.bn1.bias" -> "blocks.6"."""
+def backbone_blocks(network: nn.Module) -> list[list[str]]:
+    """The names of the backbone's parameters in timm's groups, mostly blocks, from the stem on.
+
+    What timm groups with the head, such as a final norm, joins the last block.
+    """
+    parameters = dict(network.named_parameters())
+    in_head = {id(parameter) for parameter in network.get_classifier().parameters()}
+    blocks: list[list[str]] = []
+    for _, names in sorted(group_parameters(network, network.group_matcher(coarse=True)).items()):
+        own = [name for name in names if id(parameters[name]) not in in_head]
+        if len(own) == len(names) or not blocks:
+            blocks.append([])
+        blocks[-1] += own
+    return blocks
+
+
+def by_resolution(blocks: list[list[str]], network: nn.Module) -> list[list[str]]:
+    """Blocks put together that work at one resolution, by timm's list of each feature's stride.
+
+    Where fewer resolutions are known than the unfreezing has stages, as in a vision transformer,
+    whose blocks all work at one, a group is a quarter of the depth.
+    """
+    last_of_stride = {}
+    for feature in getattr(network, "feature_info", []):
+        last_of_stride[feature["reduction"]] = feature["module"]
+    ends = tuple(f"{module}." for module in last_of_stride.values())
+    groups: list[list[str]] = []
+    new = True
+    for names in blocks:
+        if new:
+            groups.append([])
+        groups[-1] += names
+        new = any(name.startswith(ends) for name in names)
+    if len(groups) >= STAGES:
+        return groups
+    quarters: list[list[str]] = []
+    for place, names in enumerate(blocks):
+        if place * STAGES // len(blocks) == len(quarters):
+            quarters.append([])
+        quarters[-1] += names
+    return quarters
+
+
+def group_label(names: list[str]) -> str:
+    """A layer group's name from its parameters' names: "layer4", or "blocks.5 to blocks.6"."""
+    first, last = block_label(names[0]), block_label(names[-1])
+    return first if first == last else f"{first} to {last}"
+
+
+def block_label(parameter: str) -> str:
+    """A block's name from its parameter's: "blocks.6.0.bn1.bias" -> "blocks.6"."""
     parts = parameter.split(".")
     if len(parts) < 3 or parts[0][-1].isdigit():
         return parts[0]

@@ -25,9 +25,36 @@ def test_layer_groups_hold_every_parameter_once_and_the_head_alone_comes_first(a
 
 def test_resnet_unfreezes_layer4_then_layer3_then_layer2_in_four_equal_parts():
     run = run_of("resnet18", NUM_EPOCHS=20)
-    assert list(run.groups) == ["head", "layer4", "layer3", "layer2", "layer1", "conv1"]
+    assert list(run.groups) == ["head", "layer4", "layer3", "layer2", "conv1 to layer1"]
     learning = [at.groups_learning(epoch, run) for epoch in range(20)]
     assert learning == [1] * 5 + [2] * 5 + [3] * 5 + [4] * 5
+
+
+@pytest.mark.parametrize(("architecture", "groups"), [
+    ("tf_efficientnet_lite0", ["blocks.5 to bn2", "blocks.3 to blocks.4", "blocks.2", "blocks.1",
+                               "conv_stem to blocks.0"]),
+    ("convnext_atto", ["stages.3 to head.norm", "stages.2", "stages.1", "stem.0 to stages.0"]),
+    ("vit_tiny_patch16_224", ["blocks.9 to norm", "blocks.6 to blocks.8", "blocks.3 to blocks.5",
+                              "cls_token to blocks.2"]),  # one resolution: quarters of the depth
+    ("vgg11", ["features.16 to pre_logits.fc2", "features.11 to features.13",
+               "features.6 to features.8", "features.0 to features.3"]),
+])
+def test_a_layer_group_is_what_works_at_one_resolution(architecture, groups):
+    with torch.device("meta"):
+        network = at.timm.create_model(architecture, num_classes=4)
+    assert list(at.layer_groups(network)) == ["head", *groups]
+
+
+def test_a_network_that_lists_no_strides_is_cut_by_depth_and_equal_labels_lose_nothing():
+    with torch.device("meta"):
+        network = at.timm.create_model("resnet18", num_classes=4)
+        del network.feature_info
+    assert list(at.layer_groups(network)) == ["head", "layer4", "layer3", "layer2",
+                                              "conv1 to layer1"]
+    with torch.device("meta"):
+        network = at.timm.create_model("volo_d1_224", num_classes=4)
+    grouped = [id(one) for group in at.layer_groups(network).values() for one in group]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("architecture", BACKBONES)
