@@ -3077,25 +3077,41 @@ def shown_scale(scale: PixelScale) -> str:
 def split(source: Source, train_limit: int, test_limit: int, seed: int) -> dict[str, np.ndarray]:
     """Disjoint, stratified indices for "train", "validation" and "test", the same for all models.
 
-    A role that the source doesn't fix gets 20 % of the images (test first, then validation). A
-    limit of 0 takes all; validation is limited to an eighth of the training images.
+    A role that the source doesn't fix gets 20 % of the images at most (test first, then
+    validation). A limit of 0 takes all, for validation enough to tell.
     """
     random = np.random.default_rng(seed)
     rest = np.flatnonzero((source.roles == "") | (source.roles == "train"))
     rest = rest[stratified_order(source.labels[rest], random)]
-    validation_limit = max(2, train_limit // 8) if train_limit else 0
-    limits = {"test": test_limit, "validation": validation_limit}
     chosen = {}
-    for role, limit in limits.items():
-        pool = np.flatnonzero(source.roles == role)
-        if len(pool):
-            pool = pool[stratified_order(source.labels[pool], random)]
+    for role in ("test", "validation"):
+        given = np.flatnonzero(source.roles == role)
+        if len(given):
+            pool = given[stratified_order(source.labels[given], random)]
         else:
             pool, rest = set_apart(rest, source.labels)
-        chosen[role] = pool[: limit or len(pool)]
+        limit = test_limit or len(pool)
+        if role == "validation":
+            limit = enough_to_tell(train_limit, len(given) or len(pool) + len(rest) - train_limit)
+            if not len(given):
+                rest = np.concatenate([pool[limit:], rest])
+        chosen[role] = pool[:limit]
     chosen["train"] = with_every_class(rest, train_limit or len(rest), source.labels)
     check_split(source, np.arange(len(source.labels)), chosen)
     return chosen
+
+
+def enough_to_tell(train_limit: int, spare: int) -> int:
+    """How many validation images to take at most, of which `spare` could not be trained on.
+
+    Of 300 right and wrong answers a difference of two points is mere chance, so 1,000 where the
+    source has them to spare, but no more than half of the training images; else an eighth of
+    these. 5,000 tell as much as anyone needs, and each of them is looked at in every epoch.
+    """
+    if train_limit == 0:
+        return 5000
+    wanted = max(2, train_limit // 8, min(1000, train_limit // 2, spare))
+    return min(wanted, 5000)
 
 
 def stratified_order(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -42,12 +42,34 @@ def test_limits_and_official_roles_are_kept():
     given.roles = np.array((["train"] * 150 + ["test"] * 50) * 2)
     parts = at.split(given, 40, 30, 0)
     assert {role: len(part) for role, part in parts.items()} == dict(
-        test=30, validation=5, train=40
+        test=30, validation=20, train=40
     )
     assert set(given.roles[parts["test"]]) == {"test"} and set(
         given.roles[parts["validation"]]
     ) == {"train"}
     assert not set(parts["train"]) & set(parts["validation"])
+
+
+@pytest.mark.parametrize(("images", "train_limit", "validation", "train"), [
+    (60_000, 2_400, 1_000, 2_400),  # plenty to spare
+    (60_000, 0, 5_000, 55_000),  # what 5,000 leave of a fifth is trained on
+    (2_900, 2_400, 500, 2_400),  # what is to spare
+    (2_500, 2_400, 300, 2_200),  # little to spare: an eighth of the training images
+    (3_600, 2_400, 720, 2_400),  # a fifth of the source
+    (60_000, 100, 50, 100),  # half of the training images
+    (60_000, 50_000, 5_000, 50_000),
+])
+def test_validation_is_large_enough_to_tell(images, train_limit, validation, train):
+    given = source((images // 2 + 5, images // 2 + 5))
+    roles = ["test"] * 5 + ["train"] * (images // 2)
+    given.roles = np.array(roles * 2, dtype="<U10")
+    parts = at.split(given, train_limit, 0, 0)
+    assert {role: len(part) for role, part in parts.items()} == dict(
+        test=10, validation=validation, train=train)
+    assert len(np.unique(np.concatenate(list(parts.values())))) == 10 + validation + train
+    given.roles[5 : images // 2] = "validation"  # half of them, given by the source
+    given_by_source = at.split(given, train_limit, 0, 0)["validation"]
+    assert len(given_by_source) == min(at.enough_to_tell(train_limit, images // 2), images // 2 - 5)
 
 
 def test_too_few_images_stop_with_a_plain_message(capsys):
