@@ -183,6 +183,7 @@ class Run:
     micro_batch: int  # images in a micro-batch: BATCH_SIZE, or less once memory ran out
     epochs: list[dict[str, Any]] = field(default_factory=list)  # what each epoch so far measured
     features: dict[int | str, Tensor] = field(default_factory=dict)  # kept while the head learns
+    memory_before: int | None = None  # bytes that were in use when its training began
     peak_memory: int | None = None  # bytes, of its training
 
     @property
@@ -292,14 +293,14 @@ def learning_rate(update: int, layer: int, updates_per_epoch: int, run: Run) -> 
     #    Ruder, 2018). Random weights know nothing yet and all learn at one rate.
     decay = flags.LAYER_RATE_DECAY if run.weights.trained else 1.0
     peak = flags.BASE_LEARNING_RATE * decay ** min(layer, STAGES)
-    if not flags.USE_COSINE_SCHEDULE:
-        return peak * step_decay(update, flags.NUM_EPOCHS * updates_per_epoch)
 
     # 2. Each unfreezing stage is a cycle of its own (Loshchilov and Hutter, 2017): a group that
     #    begins to learn needs a high rate, and gets it by the restart.
     epochs = stage_epochs(update // updates_per_epoch, run)
     position = update - epochs[0] * updates_per_epoch
     length = len(epochs) * updates_per_epoch
+    if not flags.USE_COSINE_SCHEDULE:
+        return peak * step_decay(position, length)
 
     # 3. A linear warm-up over the cycle's first tenth: AdamW's averages of the gradients have
     #    seen too little yet to be trusted with a large step.
@@ -453,7 +454,7 @@ def train_model(run: Run, data: Data) -> None:
     The validation images are never trained on and never augmented: what they say is what other
     images would say, and every choice is made by them. The test images are left for the end.
     """
-    reset_peak_memory(run.device)
+    run.memory_before = reset_peak_memory(run.device)
     for epoch in range(len(run.epochs), run.flags.NUM_EPOCHS):
         entry = train_epoch(run, data, epoch)
         loss, accuracy = score(validate(run, data), data.truth("validation"))
@@ -1015,6 +1016,9 @@ class Tested:
     architecture: dict[str, Any] | None = None  # size and speed of the one that was asked for
 
 
+RECIPE = 2  # raised when training changes, so that no run goes on in another way than it began
+
+
 def checkpoint_file(run: Run) -> Path:
     """Where a model is kept."""
     return Path(run.flags.OUTPUT_DIR, "checkpoints", f"{run.name}.pt")
@@ -1034,6 +1038,7 @@ def run_signature(run: Run, data: Data) -> dict[str, Any]:
     signature["the checksum of the images"] = data.fingerprint
     class_names = "\n".join(data.classes)
     signature["the checksum of the class names"] = zlib.crc32(printable(class_names).encode())
+    signature["the recipe's version"] = RECIPE
     return signature
 
 
@@ -4026,13 +4031,19 @@ def by_class(probabilities: Tensor, labels: Tensor, classes: list[str]) -> list[
 
 # ==== 19. The ablation: what each technique is worth ==============================================
 
-TECHNIQUES = {  # name: what switches it off
-    "mixed precision": dict(USE_MIXED_PRECISION=False),
-    "gradient accumulation": dict(GRADIENT_ACCUMULATION_STEPS=1),
-    "cosine annealing": dict(USE_COSINE_SCHEDULE=False),
-    "gradual unfreezing": dict(GRADUAL_UNFREEZING=False),
-    "test-time augmentation": dict(USE_TTA=False),
-}
+
+
+def without_technique(flags: SimpleNamespace) -> dict[str, dict[str, Any]]:
+    """For each technique, the flags that switch it off and change nothing else."""
+    update = flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS
+    return {
+        "mixed precision": dict(USE_MIXED_PRECISION=False),
+        # The same images in each update, in memory all at once.
+        "gradient accumulation": dict(BATCH_SIZE=update, GRADIENT_ACCUMULATION_STEPS=1),
+        "cosine annealing": dict(USE_COSINE_SCHEDULE=False),
+        "gradual unfreezing": dict(GRADUAL_UNFREEZING=False),
+        "test-time augmentation": dict(USE_TTA=False),
+    }
 
 
 def ablate(job: Job) -> list[dict[str, Any]]:
@@ -4046,13 +4057,16 @@ def ablate(job: Job) -> list[dict[str, Any]]:
     unused = unused_techniques(job)
     variants: dict[str, dict[str, Any]] = {"everything": {}}
     nothing: dict[str, Any] = {}
-    for name, off in TECHNIQUES.items():
+    for name, off in without_technique(job.flags).items():
         if is_on(off, job.flags):
             nothing |= off
         if name not in unused and "USE_TTA" not in off:
             variants[f"without {name}"] = off
     variants["nothing"] = nothing
-    return ledger(job, train_variants(job, variants), unused)
+    runs = train_variants(job, variants)
+    if "without gradual unfreezing" in runs:
+        runs |= train_variants(job, in_equal_time(job.flags, runs))
+    return ledger(job, runs, unused)
 
 
 def is_on(off: dict[str, Any], flags: SimpleNamespace) -> bool:
@@ -4063,7 +4077,7 @@ def is_on(off: dict[str, Any], flags: SimpleNamespace) -> bool:
 def unused_techniques(job: Job) -> dict[str, str]:
     """The techniques that can't be measured, each with the reason."""
     unused = {}
-    for name, off in TECHNIQUES.items():
+    for name, off in without_technique(job.flags).items():
         if not is_on(off, job.flags):
             unused[name] = "it is off in this run"
     first = job.tested[0].entry
@@ -4074,13 +4088,27 @@ def unused_techniques(job: Job) -> dict[str, str]:
     return unused
 
 
+def in_equal_time(flags: SimpleNamespace,
+                  runs: dict[str, list[Tested]]) -> dict[str, dict[str, Any]]:
+    """All layers from the start for as many whole epochs as the gradual schedule leaves time for.
+
+    Its schedule is as much shorter. No variant where gradual unfreezing saves no epoch.
+    """
+    gradual = runs["everything"][0].entry["seconds"]
+    an_epoch = runs["without gradual unfreezing"][0].entry["seconds"] / flags.NUM_EPOCHS
+    epochs = max(1, int(gradual / an_epoch))
+    if epochs >= flags.NUM_EPOCHS:
+        return {}
+    return {"in equal time": dict(GRADUAL_UNFREEZING=False, NUM_EPOCHS=epochs)}
+
+
 def train_variants(job: Job, variants: dict[str, dict[str, Any]]) -> dict[str, list[Tested]]:
     """Train each variant, the flags that it changes, with each seed; the first is there already."""
     runs: dict[str, list[Tested]] = {variant: [] for variant in variants}
-    runs["everything"].append(job.tested[0])
     for seed in range(job.flags.ABLATION_SEEDS):
         for variant, off in variants.items():
             if variant == "everything" and seed == 0:
+                runs[variant].append(job.tested[0])
                 continue
             title = f"ablation_{variant}_{seed + 1}".replace(" ", "_")
             changed = dataclasses.replace(job, flags=SimpleNamespace(**vars(job.flags) | off))
@@ -4090,33 +4118,63 @@ def train_variants(job: Job, variants: dict[str, dict[str, Any]]) -> dict[str, l
 
 
 def ledger(job: Job, runs: dict[str, list[Tested]], unused: dict[str, str]) -> list[dict[str, Any]]:
-    """The rows of the ledger: each technique, all of them together, and the vote over seeds."""
+    """The rows of the ledger: each technique, all of them together, and the votes."""
     labels = job.data.truth("test")
     tta = job.flags.USE_TTA
     on = [as_tested(run, tta) for run in runs["everything"]]
     rows = []
-    for name in TECHNIQUES:
+    for name in without_technique(job.flags):
         if name in unused:
-            rows.append(dict(technique=name, verdict="not measured", why=unused[name]))
-            continue
-        if name == "test-time augmentation":  # the same models, tested without it
-            off = [as_tested(run, False) for run in runs["everything"]]
+            rows.append(not_measured(name, unused[name]))
+        elif name == "test-time augmentation":  # the same models, tested without it
+            bare = [as_tested(run, False) for run in runs["everything"]]
+            rows.append(ledger_row(name, on, bare, labels))
         else:
             off = [as_tested(run, tta) for run in runs[f"without {name}"]]
-        rows.append(ledger_row(name, on, off, labels))
+            rows.append(ledger_row(name, on, off, labels))
+        if name == "gradual unfreezing" and name not in unused:
+            rows.append(equal_time_row(on, runs, tta, labels))
     bare = [as_tested(run, False) for run in runs["nothing"]]
     rows.append(ledger_row("all of these together", on, bare, labels))
-    if len(on) > 1:
-        voted = soft_vote([run["final"] for run in on])
-        vote = dict(on[0], final=voted, spent=sum(run["spent"] for run in on))
-        rows.append(ledger_row(f"soft vote of {len(on)} seeds", [vote] * len(on), on, labels))
+    for voters, what in ((runs["everything"], "seeds"), (job.tested, "architectures")):
+        if len(voters) > 1:
+            rows.append(vote_row(f"soft vote of {len(voters)} {what}", voters, tta, labels))
     return rows
 
 
-def step_decay(update: int, updates: int) -> float:
-    """What cosine annealing is compared with: a tenth from 1/2 of the run on, a hundredth from 3/4.
+def not_measured(technique: str, why: str) -> dict[str, Any]:
+    """The row of a technique that wasn't measured, and why."""
+    return dict(technique=technique, verdict="not measured", why=why)
 
-    He et al. (2016) divided the rate by ten twice.
+
+def equal_time_row(on: list[dict[str, Any]], runs: dict[str, list[Tested]], tta: bool,
+                   labels: Tensor) -> dict[str, Any]:
+    """Gradual unfreezing against all layers from the start for as long, if not as many epochs."""
+    name = "the same, in equal time"
+    if "in equal time" not in runs:
+        return not_measured(name, "gradual unfreezing saves no time here")
+    shorter = [as_tested(run, tta) for run in runs["in equal time"]]
+    epochs = len(runs["in equal time"][0].entry["epochs"])
+    return ledger_row(name, on, shorter, labels) | dict(epochs_off=epochs)
+
+
+def vote_row(name: str, voters: list[Tested], tta: bool, labels: Tensor) -> dict[str, Any]:
+    """Several models' vote against the one of them that is best on the validation images."""
+    answers = [as_tested(voter, tta) for voter in voters]
+    best = answers[best_on_validation([voter.entry for voter in voters])]
+    vote = dict(
+        final=soft_vote([answer["final"] for answer in answers]),
+        spent=sum(answer["spent"] for answer in answers),
+        memory=best["memory"],
+    )
+    return ledger_row(name, [vote], [best], labels)
+
+
+def step_decay(update: int, updates: int) -> float:
+    """What cosine annealing is compared with: a tenth from 1/2 on, a hundredth from 3/4.
+
+    He et al. (2016) divided the rate by ten twice. Of each stage's updates: over the whole run, the
+    layer groups that are unfrozen last would never see a high rate.
     """
     if update >= updates * 3 / 4:
         return 0.1**2
@@ -4152,7 +4210,7 @@ def as_tested(tested: Tested, tta: bool) -> dict[str, Any]:
     """What the ledger compares, with TTA or without.
 
     final: probabilities [n, classes] of the test images; spent: seconds of training and testing;
-    memory: peak bytes, or None.
+    memory: bytes of its training, above what the process held before; or None.
     """
     entry = tested.entry
     if tta:
@@ -4162,7 +4220,7 @@ def as_tested(tested: Tested, tta: bool) -> dict[str, Any]:
         final = tested.plain
         test_seconds = entry["plain_seconds"]
     spent = entry["seconds"] + test_seconds
-    return dict(final=final, spent=spent, memory=entry["peak_memory_bytes"])
+    return dict(final=final, spent=spent, memory=entry["training_memory_bytes"])
 
 
 def ledger_row(technique: str, on: list[dict[str, Any]], off: list[dict[str, Any]],
@@ -4217,14 +4275,19 @@ def verdict_of(interval: list[float]) -> str:
 # ==== 20. Measuring speed =========================================================================
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Count peak memory anew: the accelerator's, or on Linux the process's."""
-    with contextlib.suppress(OSError, AttributeError, RuntimeError):  # then peak_memory says None
+def reset_peak_memory(device: torch.device) -> int | None:
+    """Count peak memory anew: the accelerator's, or on Linux the process's.
+
+    Returns the bytes that are in use now, or None where the system can't tell.
+    """
+    with contextlib.suppress(OSError, AttributeError, RuntimeError):
         if device.type == "cpu":
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         else:
             torch.accelerator.reset_peak_memory_stats()
+        return peak_memory(device)  # as long as nothing more was asked for
+    return None
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -4236,6 +4299,13 @@ def peak_memory(device: torch.device) -> int | None:
         return torch.accelerator.max_memory_allocated()
     except (OSError, RuntimeError, TypeError):  # TypeError: a status without VmHWM
         return None
+
+
+def training_memory(run: Run) -> int | None:
+    """Bytes that a model's training took, above what was in use before; None if not known."""
+    if run.peak_memory is None or run.memory_before is None:
+        return None
+    return run.peak_memory - run.memory_before
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
@@ -4528,7 +4598,8 @@ def judge_model(run: Run, data: Data, answers: Tensor, seconds: float) -> Tested
     plain = answers[0]
     averaged = soft_vote(answers)
     entry = trained_entry(run, data)
-    entry |= dict(peak_memory_bytes=run.peak_memory, precision_why=run.precision_why,
+    entry |= dict(peak_memory_bytes=run.peak_memory, training_memory_bytes=training_memory(run),
+                  precision_why=run.precision_why,
                   precision=str(run.precision or torch.float32).removeprefix("torch."),
                   plain_seconds=seconds / len(answers), tta_seconds=seconds)
     entry |= judge(plain, labels, "test_")
@@ -4875,6 +4946,11 @@ def ablation_table(results: dict[str, Any]) -> list[str]:
              heading_row(ABLATION_COLUMNS)]
     for entry in results["ablation"]:
         lines.append(table_row(ABLATION_COLUMNS, ablation_cells(entry)))
+    for entry in results["ablation"]:
+        if entry.get("epochs_off"):
+            lines.append("In equal time, without gradual unfreezing, all layers learn for "
+                         f"{entry['epochs_off']} of {flags['NUM_EPOCHS']} epochs.")
+    lines.append("A vote is compared with the one of its models that is best on validation.")
     measured = [entry for entry in results["ablation"] if not entry["why"]]
     if measured:
         lines.append(chance_line(len(measured)))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, quick_flags, random_data
+from conftest import CPU, quick_flags, random_data, run_of
 from test_end_to_end import numbers, run
 
 import advanced_techniques as at
@@ -144,7 +144,8 @@ def test_the_ablation_prints_a_ledger_and_reuses_what_was_trained(script, tmp_pa
     ]
     results, output = run(script, tmp_path / "out", *arguments)
     rows = {row["technique"]: row for row in results["ablation"]}
-    assert set(rows) == {*at.TECHNIQUES, "all of these together", "soft vote of 2 seeds"}
+    assert set(rows) == {*at.without_technique(quick_flags()), "the same, in equal time",
+                         "all of these together", "soft vote of 2 seeds"}
     measured = [name for name, row in rows.items() if not row["why"]]
     assert {
         "gradient accumulation",
@@ -198,7 +199,8 @@ def test_the_first_run_is_the_first_seed_of_everything_on(monkeypatch):
             seconds=10.0,
             plain_seconds=1.0,
             tta_seconds=4.0,
-            peak_memory_bytes=None,
+            training_memory_bytes=None,
+            validation_accuracy=0.5,
             precision="bfloat16",
             precision_why="",
             epochs=[dict(stage=4)],
@@ -214,6 +216,7 @@ def test_the_first_run_is_the_first_seed_of_everything_on(monkeypatch):
     rows = at.ablate(at.Job(base, CPU, data, weights=[weights], tested=[finished(5)]))
     everything_off = dict(
         USE_MIXED_PRECISION=False,
+        BATCH_SIZE=16,
         GRADIENT_ACCUMULATION_STEPS=1,
         USE_COSINE_SCHEDULE=False,
         GRADUAL_UNFREEZING=False,
@@ -221,7 +224,7 @@ def test_the_first_run_is_the_first_seed_of_everything_on(monkeypatch):
     )
     wanted = [
         ("mixed_precision", dict(USE_MIXED_PRECISION=False)),
-        ("gradient_accumulation", dict(GRADIENT_ACCUMULATION_STEPS=1)),
+        ("gradient_accumulation", dict(BATCH_SIZE=16, GRADIENT_ACCUMULATION_STEPS=1)),
         ("cosine_annealing", dict(USE_COSINE_SCHEDULE=False)),
         ("gradual_unfreezing", dict(GRADUAL_UNFREEZING=False)),
     ]
@@ -233,6 +236,61 @@ def test_the_first_run_is_the_first_seed_of_everything_on(monkeypatch):
     assert trained == expected
     tta = next(row for row in rows if row["technique"] == "test-time augmentation")
     assert tta["time_ratio"] == pytest.approx(14 / 11) and tta["memory_ratio"] is None
+
+
+@pytest.mark.parametrize(("seconds", "epochs"), [(39, 7), (41, 8), (2, 1), (100, None)])
+def test_equal_time_is_as_many_whole_epochs_of_all_layers_as_fit(seconds, epochs):
+    flags = quick_flags(NUM_EPOCHS=20)
+    runs = {"everything": [at.Tested(dict(seconds=seconds))],
+            "without gradual unfreezing": [at.Tested(dict(seconds=100))]}
+    variants = at.in_equal_time(flags, runs)
+    shorter = dict(GRADUAL_UNFREEZING=False, NUM_EPOCHS=epochs)
+    assert variants == ({"in equal time": shorter} if epochs else {})
+
+
+def test_the_ledger_compares_at_equal_time_and_votes_with_the_best_on_validation():
+    data = random_data(count=400)
+    labels = data.truth("test")
+
+    def model(right: set[int], validation: float, epochs: int = 20, seconds: float = 10.0):
+        answer = probabilities_of([index in right for index in range(100)], data)
+        entry = dict(seconds=seconds, plain_seconds=1.0, tta_seconds=1.0,
+                     training_memory_bytes=100, precision="float32", precision_why="FP32.",
+                     validation_accuracy=validation, epochs=[{}] * epochs)
+        return at.Tested(entry, answer, answer)
+
+    weak, strong = set(range(60)), set(range(80))
+    weights = at.Weights("test_resnet", "", {})
+    chosen = [model(weak, 0.9), model(strong, 0.8)]  # on validation the weaker one is better
+    job = at.Job(quick_flags(ABLATION_SEEDS=2), CPU, data, weights=[weights], tested=chosen)
+    shorter = [model(set(range(50)), 0.9, 7, 9.0)] * 2
+    runs = dict.fromkeys(("everything", "nothing"), chosen) | {"in equal time": shorter}
+    for name in at.without_technique(job.flags):
+        runs[f"without {name}"] = chosen
+    rows = {row["technique"]: row for row in at.ledger(job, runs, {})}
+    equal = rows["the same, in equal time"]
+    assert equal["change"] == pytest.approx(0.7 - 0.5) and equal["epochs_off"] == 7
+    assert equal["time_ratio"] == pytest.approx(1.1)
+    for name in ("soft vote of 2 seeds", "soft vote of 2 architectures"):
+        vote = at.soft_vote(tested.averaged for tested in chosen)
+        right = (vote.argmax(1) == labels).double().mean().item()
+        assert rows[name]["accuracy_off"] == pytest.approx(0.6)
+        assert rows[name]["accuracy_on"] == pytest.approx(right)
+        assert rows[name]["time_ratio"] == pytest.approx(2)
+    del runs["in equal time"]
+    rows = {row["technique"]: row for row in at.ledger(job, runs, {})}
+    assert "saves no time" in rows["the same, in equal time"]["why"]
+
+
+def test_memory_of_training_is_counted_above_what_was_held_before():
+    held = torch.ones(100_000_000)  # 400 MB that training doesn't answer for
+    run = run_of("test_resnet", NUM_EPOCHS=1)
+    data = random_data()
+    at.train_model(run, data)
+    assert run.memory_before > held.nbytes
+    assert 0 < at.training_memory(run) < held.nbytes
+    run.memory_before = None  # where the system can't tell
+    assert at.training_memory(run) is None
 
 
 def healthy() -> dict:

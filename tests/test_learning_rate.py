@@ -60,8 +60,16 @@ def test_one_cosine_without_stages():
     assert rate(110, 0, run) == pytest.approx(0.005)
 
 
-def test_step_decay_at_a_half_and_three_quarters():
+def test_step_decay_at_a_half_and_three_quarters_of_each_stage():
     run = run_with(USE_COSINE_SCHEDULE=False)
+    for stage in range(4):  # of 50 updates
+        positions = [stage * 50 + place for place in (0, 24, 25, 37, 38, 49)]
+        assert [rate(update, 0, run) for update in positions] == pytest.approx(
+            [0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
+
+
+def test_step_decay_over_the_whole_run_where_there_are_no_stages():
+    run = run_with(USE_COSINE_SCHEDULE=False, GRADUAL_UNFREEZING=False)
     assert [rate(update, 0, run) for update in (0, 99, 100, 149, 150, 199)] == pytest.approx(
         [0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
 
