@@ -104,7 +104,7 @@ LAYER_RATE_DECAY = 0.5  # a layer group's rate, as a share of that of the one ne
 WEIGHT_DECAY = 0.05  # decoupled weight decay of AdamW
 LABEL_SMOOTHING = 0.1  # share of the target's probability that is spread over all classes
 HORIZONTAL_FLIP = True  # mirror images in training and TTA; off for text, digits: left is not right
-FEATURE_VIEWS = 2  # views whose features are kept while the head learns alone; 0: new each epoch
+FEATURE_VIEWS = 2  # views whose frozen features are kept in a stage; 0: new views each epoch
 COMPILE = False  # torch.compile: faster on a GPU after minutes of compiling; seldom on a CPU
 SEED = 0  # same flags, same seed, same numbers on a CPU
 
@@ -182,7 +182,7 @@ class Run:
     scaler: torch.amp.GradScaler
     micro_batch: int  # images in a micro-batch: BATCH_SIZE, or less once memory ran out
     epochs: list[dict[str, Any]] = field(default_factory=list)  # what each epoch so far measured
-    features: dict[int | str, Tensor] = field(default_factory=dict)  # kept while the head learns
+    kept: Kept | None = None  # what the frozen layers answered, for as long as it serves
     memory_before: int | None = None  # bytes that were in use when its training began
     peak_memory: int | None = None  # bytes, of its training
 
@@ -459,7 +459,8 @@ def train_model(run: Run, data: Data) -> None:
         entry = train_epoch(run, data, epoch)
         loss, accuracy = score(validate(run, data), data.truth("validation"))
         stop_if_loss_is_lost(loss, run, epoch)
-        run.epochs.append(entry | dict(validation_loss=loss, validation_accuracy=accuracy))
+        run.epochs.append(entry | dict(validation_loss=loss, validation_accuracy=accuracy,
+                                       kept_features=run.kept.tail is not None))
         save_checkpoint(run, data)
         say(epoch_line(run, data))
     run.peak_memory = peak_memory(run.device)
@@ -532,7 +533,7 @@ class Part:
     images: int  # of the update, in all processes
     chosen: Tensor  # int64 [n], this process's share of them: indices into Data.images
     views: Tensor  # [n, columns of a view], how each is shown
-    features: Tensor | None = None  # [n, channels], the backbone's answers, where they are kept
+    features: Tensor | None = None  # [n, ...], what the frozen layers answered, where it is kept
 
 
 def updates_an_epoch(data: Data, flags: SimpleNamespace) -> int:
@@ -556,20 +557,20 @@ def even_parts(images: int, most: int, shares: int = 1) -> int:
 def plan_epoch(run: Run, data: Data, epoch: int) -> list[Part]:
     """The epoch's updates, ready to train on.
 
-    While only the head learns, the frozen backbone answers the same view of an image with the same
-    features, so its forward pass need not be repeated: the features of FEATURE_VIEWS views are
-    kept and take turns. With a single view the head would learn it by heart.
+    Frozen layers answer the same view of an image with the same features, so their forward pass
+    need not be repeated: the features of FEATURE_VIEWS views are kept and take turns, as long as
+    the same layer groups learn. With a single view the layers behind would learn it by heart.
     """
-    kept = views_to_keep(run, epoch, len(data.split["train"]))
-    if kept == 0:
-        run.features.clear()
+    kept = keep_features(run, data, epoch)
+    if kept.tail is None:
         return deal_out(run, data, epoch)
-    view = epoch % kept
+    start = stage_epochs(epoch, run)[0]
+    view = start + (epoch - start) % run.flags.FEATURE_VIEWS
     plan = deal_out(run, data, view)
-    if view not in run.features:
-        run.features[view] = frozen_features(run, data, plan)
+    if view not in kept.features:
+        kept.features[view] = frozen_features(run, data, plan)
     sizes = [len(part.chosen) for part in plan]
-    for part, features in zip(plan, run.features[view].split(sizes), strict=True):
+    for part, features in zip(plan, kept.features[view].split(sizes), strict=True):
         part.features = features
     return plan
 
@@ -594,62 +595,134 @@ def deal_out(run: Run, data: Data, epoch: int) -> list[Part]:
 
 
 def micro_batches(run: Run, data: Data, part: Part) -> Iterator[MicroBatch]:
-    """The micro-batches of one update: kept features at once, images augmented and evenly cut."""
-    if part.features is not None:
-        labels = data.labels[part.chosen].to(part.features.device)
-        yield part.features, labels, True
-        return
+    """The micro-batches of one update, evenly cut: of kept features, or of augmented images."""
     count = even_parts(len(part.chosen), run.micro_batch)
-    cuts = zip(part.chosen.tensor_split(count), part.views.tensor_split(count), strict=True)
-    for place, (chosen, views) in enumerate(cuts, 1):
-        images, labels = data.fetch(chosen, run.device)
-        inputs = augment(images, views.to(run.device, non_blocking=True), run)
+    places = torch.arange(len(part.chosen)).tensor_split(count)
+    for place, some in enumerate(places, 1):
+        chosen = part.chosen[some[0] : some[-1] + 1]
+        if part.features is None:
+            images, labels = data.fetch(chosen, run.device)
+            views = part.views[some[0] : some[-1] + 1].to(run.device, non_blocking=True)
+            inputs = augment(images, views, run)
+        else:
+            inputs = part.features[some[0] : some[-1] + 1]
+            labels = data.labels[chosen].to(inputs.device)
         yield inputs, labels, place == count
 
 
-def views_to_keep(run: Run, epoch: int, images: int) -> int:
-    """How many views' features to keep: none once the backbone learns, nor more than MEMORY_GB."""
-    if groups_learning(epoch, run) > 1 or run.flags.FEATURE_VIEWS == 0:
-        return 0
-    if not has_plain_head(run.weights.architecture, run.flags.IMAGE_SIZE):
-        return 0
-    bytes_of_view = 4 * images * run.network.num_features
-    return min(run.flags.FEATURE_VIEWS, int(run.flags.MEMORY_GB * 1e9 / bytes_of_view))
+@dataclass
+class Kept:
+    """What the frozen layers answer, kept while the same layer groups learn."""
+
+    learning: int  # how many layer groups, counted from the head
+    border: nn.Module | None = None  # the first module that learns; None: nothing can be kept
+    tail: nn.Module | None = None  # the network from there on
+    features: dict[int | str, Tensor] = field(default_factory=dict)  # by view, or "validation"
 
 
-def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
-    """What the backbone hands to the head: images [n, 3, size, size] -> [n, channels]."""
-    return network.forward_head(network.forward_features(images), pre_logits=True)
+def keep_features(run: Run, data: Data, epoch: int) -> Kept:
+    """What is kept in an epoch: the same as before, until another layer group begins to learn."""
+    learning = groups_learning(epoch, run)
+    if run.kept is None or run.kept.learning != learning:
+        run.kept = Kept(learning)  # lets go of the old features
+        if learning < len(run.groups) and run.flags.FEATURE_VIEWS > 0:
+            run.kept.border, run.kept.tail = cut_network(run, data)
+    return run.kept
 
 
-@functools.cache
-def has_plain_head(architecture: str, size: int) -> bool:
-    """Whether a network is its classifier on pooled features: only then they stand for an image.
+@torch.no_grad()
+def cut_network(run: Run, data: Data) -> tuple[nn.Module | None, nn.Module | None]:
+    """The first module that learns, and the network from there on, which takes its input.
 
-    A network of its own, with random weights, is asked both ways about two random images: first
-    on the meta device, which takes no time and shows whether the shapes fit at all.
+    None where a network can't be cut there, or MEMORY_GB doesn't hold the features. The rest has
+    to answer two images as the whole does, twice, for it might change what is kept.
     """
-    flags = SimpleNamespace(IMAGE_SIZE=size)
+    run.network.eval()
+    images, _ = data.fetch(data.split["train"][:2], run.device)
+    inputs = show(images, run)
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():  # the run's numbers stay
-            for device in ("meta", "cpu"):
-                with torch.device(device):
-                    network = new_network(architecture, 2, flags).eval()
-                    images = torch.rand(2, 3, size, size)
-                    for parameter in network.get_classifier().parameters():
-                        nn.init.normal_(parameter)  # some start at zero, which would hide much
-                    parts = network.get_classifier()(pooled_features(network, images))
-                    whole = network(images)
-                if parts.shape != whole.shape:
-                    return False
-            return torch.allclose(parts, whole, rtol=1e-3, atol=1e-4)
-    except Exception:  # timm's networks differ: what can't be taken apart raises nearly anything
-        return False
+        with autocast(run):
+            whole, border, done = find_border(run.network, inputs)
+            features = features_at(border, run.network, inputs)
+            for tail in (border, without(run.network, done)):
+                answers = torch.stack([tail(features), tail(features)])
+                if answers.shape[1:] == whole.shape and same_answers(answers, whole):
+                    return (border, tail) if fits(features, run, data) else (None, None)
+    except Exception:  # timm's networks differ: what can't be cut raises nearly anything
+        pass
+    return None, None
+
+
+def same_answers(answers: Tensor, whole: Tensor) -> bool:
+    """Whether answers [2, n, classes] are those of the whole network, [n, classes]."""
+    apart = (answers - whole).float().abs().max()
+    return bool(apart <= 1e-3 * whole.float().abs().max())
+
+
+def fits(features: Tensor, run: Run, data: Data) -> bool:
+    """Whether MEMORY_GB holds such features [2, ...] of all views, and of the validation images."""
+    images = run.flags.FEATURE_VIEWS * len(data.split["train"]) + len(data.split["validation"])
+    return features[0].nbytes * images <= run.flags.MEMORY_GB * 1e9
+
+
+def find_border(network: nn.Module,
+                inputs: Tensor) -> tuple[Tensor, nn.Module, set[nn.Module]]:
+    """The network's answers [n, classes], the first module on their way that learns as a whole.
+
+    And the modules that are done with before.
+    """
+    started: list[nn.Module] = []
+    done: set[nn.Module] = set()
+
+    def note_start(module: nn.Module, _: Any) -> None:
+        learns = [parameter.requires_grad for parameter in module.parameters()]
+        if learns and all(learns):
+            started.append(module)
+
+    def note_end(module: nn.Module, _: Any, __: Any) -> None:
+        if not started:
+            done.add(module)
+
+    with (nn.modules.module.register_module_forward_pre_hook(note_start),
+          nn.modules.module.register_module_forward_hook(note_end)):
+        answers = network.forward(inputs)
+    return answers, started[0], done
+
+
+class BorderReachedError(Exception):
+    """Ends a forward pass whose rest isn't needed."""
+
+
+def features_at(border: nn.Module, network: nn.Module, inputs: Tensor) -> Tensor:
+    """What the network hands to one of its modules: [n, ...], in the precision of its own."""
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, features: tuple[Tensor]) -> None:
+        caught.extend(features)
+        raise BorderReachedError
+
+    with border.register_forward_pre_hook(catch), contextlib.suppress(BorderReachedError):
+        network.forward(inputs)
+    (features,) = caught
+    return features
+
+
+def without(module: nn.Module, done: set[nn.Module]) -> nn.Module:
+    """A copy of a module that shares its parts, but without those that are done with."""
+    if module in done:
+        return nn.Identity()
+    if done.isdisjoint(module.modules()):
+        return module
+    rest = copy.copy(module)
+    rest._modules = {}
+    for name, part in module._modules.items():
+        rest._modules[name] = without(part, done) if part is not None else None
+    return rest
 
 
 @torch.no_grad()
 def frozen_features(run: Run, data: Data, plan: list[Part]) -> Tensor:
-    """The backbone's features of all images of a plan, float32 [n, channels], in its order."""
+    """What the frozen layers answer to all images of a plan, [n, ...] in its order."""
     run.network.eval()
     chosen = torch.cat([part.chosen for part in plan])
     whole = Part(len(chosen), chosen, torch.cat([part.views for part in plan]))
@@ -658,41 +731,51 @@ def frozen_features(run: Run, data: Data, plan: list[Part]) -> Tensor:
         parts = []
         for inputs, _, _ in micro_batches(run, data, whole):
             with autocast(run):
-                parts.append(pooled_features(run.network, inputs).float())
+                parts.append(features_at(run.kept.border, run.network, inputs))
         return torch.cat(parts)
 
     return within_memory(work, run)
 
 
 def learning_part(run: Run) -> nn.Module:
-    """What an update runs: the head alone where the backbone's features are kept."""
-    return run.network.get_classifier() if run.features else run.network
+    """What an update runs: where features are kept, the network without its frozen layers."""
+    if run.kept.tail is None:
+        return run.network
+    set_training(run.kept.tail)
+    return run.kept.tail
 
 
 @torch.no_grad()
 def validate(run: Run, data: Data) -> Tensor:
     """Probabilities of the validation images [n, classes], on the CPU.
 
-    From their kept features, which are made once, while only the head learns.
+    From their kept features, which are made once, where there are any.
     """
-    if not run.features:
+    kept = run.kept
+    if kept.tail is None:
         return predict(run, data, "validation", VIEWS[:1])[0]
-    if "validation" not in run.features:
-        backbone = functools.partial(pooled_features, run.network)
-        kept = answer_views(run, data, "validation", VIEWS[:1], backbone)
-        run.features["validation"] = kept[0]
-    return run.network.get_classifier()(run.features["validation"]).softmax(-1).cpu()
+    if "validation" not in kept.features:
+        to_border = functools.partial(features_at, kept.border, run.network)
+        kept.features["validation"] = answer_views(run, data, "validation", VIEWS[:1], to_border)[0]
+    kept.tail.eval()
+    parts = []
+    for features in kept.features["validation"].split(run.micro_batch):
+        with autocast(run):
+            parts.append(kept.tail(features).float())
+    return torch.cat(parts).softmax(-1).cpu()
 
 
 def epoch_line(run: Run, data: Data) -> str:
     """The printed line of the last epoch."""
     entry = run.epochs[-1]
     learning = groups_learning(entry["epoch"] - 1, run)
-    speed = len(data.split["train"]) / entry["seconds"]
+    speed = f"{len(data.split['train']) / entry['seconds']:5.0f} images/s"
+    if entry["kept_features"]:
+        speed = "kept features "
     return (f"  epoch {entry['epoch']:3d}/{run.flags.NUM_EPOCHS}   "
             f"train loss {entry['train_loss']:.3f} accuracy {entry['train_accuracy']:6.1%}   "
             f"validation loss {entry['validation_loss']:.3f} "
-            f"accuracy {entry['validation_accuracy']:6.1%}   {speed:5.0f} images/s   "
+            f"accuracy {entry['validation_accuracy']:6.1%}   {speed}   "
             f"learning: {', '.join(list(run.groups)[: min(learning, STAGES)])}")
 
 

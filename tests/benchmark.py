@@ -214,8 +214,10 @@ def peak_share(run: at.Run, epochs: list[dict[str, Any]], images: int) -> float:
     first = epochs[0]["epoch"] - 1
     at.unfreeze(run, at.groups_learning(first, run))
     forward, trained = flops_per_image(run)
-    passes = at.views_to_keep(run, first, images) or len(epochs)  # kept views cost one each
-    operations = images * (min(len(epochs), passes) * forward + len(epochs) * 2 * trained)
+    passes = len(epochs)  # through the frozen layers
+    if epochs[0]["kept_features"]:
+        passes = min(passes, run.flags.FEATURE_VIEWS)
+    operations = images * (passes * (forward - trained) + len(epochs) * 3 * trained)
     spent = sum(entry["seconds"] for entry in epochs)
     return operations / spent / matrix_product_peak(run.device, run.precision)
 

@@ -126,17 +126,17 @@ def test_cached_features_survive_a_lack_of_memory():
     data = random_data()
     plain, short = run_of("resnet18", NUM_EPOCHS=20), run_of("resnet18", NUM_EPOCHS=20)
     train(plain, data)
-    forward_features = short.network.forward_features
+    forward = short.network.forward
 
     def limited(images):
         if len(images) > 4:
             raise torch.OutOfMemoryError("injected")
-        return forward_features(images)
+        return forward(images)
 
-    short.network.forward_features = limited
+    short.network.forward = limited
     train(short, data)
     assert short.micro_batch == 4
-    torch.testing.assert_close(short.features[0], plain.features[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(short.kept.features[0], plain.kept.features[0], rtol=1e-4, atol=1e-4)
 
 
 def poison(monkeypatch, first: int, last: int):

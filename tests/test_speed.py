@@ -17,16 +17,16 @@ BACKBONES = ["resnet18", "resnet50", "efficientnet_b0", "tf_efficientnet_lite0",
              "vit_tiny_patch16_224", "mobilenetv3_small_100", "regnety_002", "densenet121"]
 
 
-def train_head(architecture: str, epochs: int, data: at.Data,
-               **changes) -> tuple[at.Run, list[int]]:
-    """Train for some epochs of a long head-only stage; how many images the stem saw in each."""
+def train(architecture: str, epochs: range, data: at.Data,
+          **changes) -> tuple[at.Run, list[int]]:
+    """Train for some of 20 epochs; how many images the stem saw in each."""
     run, seen, counts = run_of(architecture, NUM_EPOCHS=20, **changes), [], []
 
     def count_images(module, inputs, output):
         seen.append(len(inputs[0]))
 
     next(run.network.children()).register_forward_hook(count_images)
-    for epoch in range(epochs):
+    for epoch in epochs:
         at.train_epoch(run, data, epoch)
         at.validate(run, data)
         counts.append(sum(seen))
@@ -34,61 +34,116 @@ def train_head(architecture: str, epochs: int, data: at.Data,
     return run, counts
 
 
-@pytest.mark.parametrize("architecture", BACKBONES)
-def test_the_classifier_on_pooled_features_is_the_whole_network(architecture):
-    network, images = run_of(architecture).network, torch.randn(2, 3, 32, 32)
-    network.eval()
+def kept_at(run: at.Run, learning: int, data: at.Data) -> at.Kept:
+    at.unfreeze(run, learning)
+    return at.keep_features(run, data, (learning - 1) * 5)
+
+
+CUT_ANYWHERE = [name for name in BACKBONES if name != "vit_tiny_patch16_224"]
+
+
+@pytest.mark.parametrize(("architecture", "learning"), [
+    *[(name, learning) for name in CUT_ANYWHERE for learning in (1, 2, 3, 4)],
+    ("vit_tiny_patch16_224", 1)])
+def test_the_network_behind_its_frozen_layers_answers_as_the_whole_does(architecture, learning):
+    run, data = run_of(architecture, NUM_EPOCHS=20), random_data()
+    kept = kept_at(run, learning, data)
+    assert kept.tail is not None
+    learns = {id(parameter) for parameter in kept.tail.parameters()}
+    assert learns == {id(parameter) for group in list(run.groups.values())[:learning]
+                      for parameter in group}
+    run.network.eval()
+    kept.tail.eval()
+    images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
-        features = at.pooled_features(network, images)
-        torch.testing.assert_close(network.get_classifier()(features), network(images))
+        features = at.features_at(kept.border, run.network, images)
+        torch.testing.assert_close(kept.tail(features), run.network(images))
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "vit_tiny_patch16_224"])
-def test_a_cached_view_trains_the_head_like_the_images_themselves(architecture):
+def test_a_network_that_can_not_be_cut_there_learns_from_the_images():
+    run, data = run_of("vit_tiny_patch16_224", NUM_EPOCHS=20), random_data()
+    assert kept_at(run, 2, data).tail is None  # the positions are added outside of any module
+    assert at.learning_part(run) is run.network
+
+
+@pytest.mark.parametrize(("architecture", "stage"), [("resnet18", 0), ("vit_tiny_patch16_224", 0),
+                                                     ("resnet18", 1), ("convnext_atto", 2)])
+def test_kept_views_train_like_the_images_themselves(architecture, stage):
     data = random_data()
-    cached, _ = train_head(architecture, 2, data, FEATURE_VIEWS=2)
-    fresh, _ = train_head(architecture, 2, data, FEATURE_VIEWS=0)
-    for left, right in zip(cached.groups["head"], fresh.groups["head"], strict=True):
+    epochs = range(5 * stage, 5 * stage + 2)
+    kept, _ = train(architecture, epochs, data, FEATURE_VIEWS=2)
+    fresh, _ = train(architecture, epochs, data, FEATURE_VIEWS=0)
+    assert kept.kept.tail is not None and fresh.kept.tail is None
+    for left, right in zip(kept.parameters, fresh.parameters, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+    for left, right in zip(kept.network.buffers(), fresh.network.buffers(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
-def test_the_frozen_backbone_sees_each_kept_view_and_each_validation_image_once():
-    data = random_data()  # 20 images to train on, 10 to validate
-    assert train_head("resnet18", 5, data, FEATURE_VIEWS=2)[1] == [20 + 10, 20, 0, 0, 0]
-    assert train_head("resnet18", 5, data, FEATURE_VIEWS=0)[1] == [30] * 5
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_frozen_layers_see_each_kept_view_and_each_validation_image_once(stage):
+    data = random_data()  # 20 images to train on, 10 to validate; 2 are tried twice before
+    epochs = range(5 * stage, 5 * stage + 5)
+    assert train("resnet18", epochs, data, FEATURE_VIEWS=2)[1] == [4 + 20 + 10, 20, 0, 0, 0]
+    assert train("resnet18", epochs, data, FEATURE_VIEWS=0)[1] == [30] * 5
 
 
-def test_views_repeat_in_turn_and_the_kept_ones_go_when_the_backbone_learns():
+def test_views_take_turns_and_the_kept_ones_go_when_more_layers_learn():
     data = random_data()
-    run, _ = train_head("resnet18", 5, data, FEATURE_VIEWS=3)
-    views = [run.features[view] for view in range(3)]
-    assert {view for view in run.features if view != "validation"} == {0, 1, 2}
+    run, _ = train("resnet18", range(5), data, FEATURE_VIEWS=3)
+    views = [run.kept.features[view] for view in range(3)]
+    assert set(run.kept.features) == {0, 1, 2, "validation"}
     assert all(view.shape == (20, 512) for view in views)
     assert not torch.allclose(views[0].sort(0)[0], views[1].sort(0)[0])
     at.train_epoch(run, data, 5)
-    assert not run.features
+    assert set(run.kept.features) == {5}  # a view of this stage's own
+    assert run.kept.features[5].shape == (20, 256, 2, 2)
+    at.train_epoch(run, data, 8)
+    assert set(run.kept.features) == {5, 5 + 3 % 3}
 
 
-def test_validation_from_cached_features_gives_the_same_probabilities():
+@pytest.mark.parametrize("stage", [0, 1])
+def test_validation_from_kept_features_gives_the_same_probabilities(stage):
     data = random_data()
-    run, _ = train_head("resnet18", 2, data)
-    cached = at.validate(run, data)
-    run.features.clear()
-    torch.testing.assert_close(at.validate(run, data), cached)
+    run, _ = train("resnet18", range(5 * stage, 5 * stage + 2), data)
+    assert run.kept.tail is not None
+    from_features = at.validate(run, data)
+    run.kept = at.Kept(1)
+    torch.testing.assert_close(at.validate(run, data), from_features)
 
 
-def test_no_more_views_are_kept_than_memory_gb_holds_and_none_once_the_backbone_learns():
-    run, one = run_of("resnet18", NUM_EPOCHS=20, FEATURE_VIEWS=5), 4 * 512 * 1000 / 1e9
-    assert at.groups_learning(0, run) == 1 and at.groups_learning(5, run) == 2
-    assert at.views_to_keep(run, 0, 1000) == 5
-    assert at.views_to_keep(run, 5, 1000) == 0
-    run.flags.MEMORY_GB = 2.5 * one
-    assert at.views_to_keep(run, 0, 1000) == 2
-    run.flags.MEMORY_GB = 0.5 * one
-    assert at.views_to_keep(run, 0, 1000) == 0
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_features_are_kept_in_the_sixteen_bits_that_they_are_made_in(precision):
+    run, data = in_precision(run_of("resnet18", NUM_EPOCHS=20), precision), random_data()
+    for epoch in (5, 6, 7):
+        at.train_epoch(run, data, epoch)
+    assert {features.dtype for features in run.kept.features.values()} == {precision}
+    whole = at.predict(run, data, "validation", at.VIEWS[:1])[0]
+    torch.testing.assert_close(at.validate(run, data), whole, rtol=0, atol=1e-6)
 
 
-def test_the_head_only_stage_runs_on_the_meta_device(allow_meta):
+def test_features_that_memory_gb_does_not_hold_are_not_kept():
+    data = random_data()
+    needed = 4 * 512 * (20 * 5 + 10) / 1e9  # the pooled features of 20 images and 10
+    for memory, fits in ((1.01 * needed, True), (0.99 * needed, False)):
+        run = run_of("resnet18", NUM_EPOCHS=20, FEATURE_VIEWS=5, MEMORY_GB=memory)
+        assert (kept_at(run, 1, data).tail is not None) == fits
+    assert kept_at(run, len(run.groups), data).tail is None  # nothing is frozen
+
+
+def test_an_epoch_from_kept_features_says_so_instead_of_its_speed():
+    run, data = run_of("resnet18", NUM_EPOCHS=4, FEATURE_VIEWS=1, GRADUAL_UNFREEZING=True), None
+    data = random_data()
+    at.train_model(run, data)
+    assert [entry["kept_features"] for entry in run.epochs] == [True] * 4
+    assert "kept features" in at.epoch_line(run, data)
+    assert "images/s" not in at.epoch_line(run, data)
+    run.epochs[-1]["kept_features"] = False
+    assert "images/s" in at.epoch_line(run, data)
+
+
+def test_the_head_only_stage_runs_on_the_meta_device(allow_meta, monkeypatch):
+    monkeypatch.setattr(at, "same_answers", lambda answers, whole: True)  # there are no numbers
     run, data = run_of("resnet18", device=torch.device("meta")), random_data(device="meta")
     at.unfreeze(run, 1)
     for part in at.plan_epoch(run, data, 0):
@@ -115,12 +170,13 @@ def test_operations_are_those_of_the_paper_and_the_learning_part_follows_what_le
 def test_the_peak_share_counts_a_cached_view_once(monkeypatch):
     monkeypatch.setattr(benchmark, "matrix_product_peak", lambda device, precision: 1e9)
     monkeypatch.setattr(benchmark, "flops_per_image", lambda run: (1000, 10))
-    epochs = [dict(epoch=epoch, seconds=2.0) for epoch in range(1, 6)]
+    epochs = [dict(epoch=epoch, seconds=2.0, kept_features=True) for epoch in range(1, 6)]
     kept = run_of("resnet18", NUM_EPOCHS=20, FEATURE_VIEWS=2)
-    wanted = 100 * (2 * 1000 + 5 * 20) / 10 / 1e9
+    wanted = 100 * (2 * 990 + 5 * 30) / 10 / 1e9
     assert benchmark.peak_share(kept, epochs, 100) == pytest.approx(wanted)
     fresh = run_of("resnet18", NUM_EPOCHS=20, FEATURE_VIEWS=0)
-    wanted = 100 * (5 * 1000 + 5 * 20) / 10 / 1e9
+    epochs = [entry | dict(kept_features=False) for entry in epochs]
+    wanted = 100 * (5 * 990 + 5 * 30) / 10 / 1e9
     assert benchmark.peak_share(fresh, epochs, 100) == pytest.approx(wanted)
 
 
