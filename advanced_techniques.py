@@ -1934,6 +1934,8 @@ class Data:
     fingerprint: int = 0  # tells these images, labels and this split from others
     scale: PixelScale = field(default_factory=dict)  # how pixels of more than 8 bits are shown
     copied: np.ndarray | None = None  # bool, which test images are also learned from, if looked for
+    files: list[Path] = field(default_factory=list)  # of each image, where it comes from a file
+    indices: np.ndarray | None = None  # int64 [N], each image's place in the source
     waited: float = 0.0  # seconds spent so far on getting images out of memory or from the disk
 
     def fetch(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -1984,8 +1986,10 @@ def load_data(flags: SimpleNamespace, device: torch.device) -> tuple[Data, list[
     places = {role: torch.from_numpy(part).to(images.device) for role, part in parts.items()}
     data = Data(source.name, list(source.classes), images, labels.to(images.device), places,
                 fingerprint, source.scale)
+    data.indices = everything
     if copies:
         data.copied = copied_images(parts, copies)["test"]
+        data.files = files
     return data, notices
 
 
@@ -4104,16 +4108,64 @@ def final_temperature(results: dict[str, Any]) -> float:
 
 
 def by_class(probabilities: Tensor, labels: Tensor, classes: list[str]) -> list[dict[str, Any]]:
-    """Each class's name, its test images, and how many of them are taken for another class."""
-    mistaken = labels[~is_right(probabilities, labels)]
+    """How well each class is recognised among test images: probabilities [n, classes], labels [n].
+
+    recall: the share of its images that are recognised; precision: the share of right answers
+    among those that name it; None where there are none. Both with 95 % intervals. f1: their
+    harmonic mean.
+    """
+    predicted = probabilities.argmax(1)
+    right = torch.bincount(labels[predicted == labels], minlength=len(classes)).tolist()
     images = torch.bincount(labels, minlength=len(classes)).tolist()
-    errors = torch.bincount(mistaken, minlength=len(classes)).tolist()
-    return [dict(name=name, images=images[place], errors=errors[place])
-            for place, name in enumerate(classes)]
+    answers = torch.bincount(predicted, minlength=len(classes)).tolist()
+    entries = []
+    for place, name in enumerate(classes):
+        recall = share_with_interval(right[place], images[place])
+        precision = share_with_interval(right[place], answers[place])
+        entries.append(dict(
+            name=name,
+            images=images[place],
+            errors=images[place] - right[place],
+            recall=recall[0],
+            recall_interval=recall[1],
+            precision=precision[0],
+            precision_interval=precision[1],
+            f1=2 * right[place] / max(1, images[place] + answers[place]),
+        ))
+    return entries
+
+
+def share_with_interval(count: int, of: int) -> tuple[float | None, list[float] | None]:
+    """A share with its 95 % interval, None where it is a share of nothing."""
+    if of == 0:
+        return None, None
+    return count / of, wilson_interval(count / of, of)
+
+
+def over_classes(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures in which each class counts alike, however rare: of entries as by_class makes them.
+
+    balanced_accuracy: the mean recall, with a 95 % interval put together from the classes' own
+    (Zou and Donner, 2008), so that a class of a few images, all right, isn't taken for certain.
+    macro_f1: the mean F1.
+    """
+    tested = [entry for entry in entries if entry["images"]]
+    balanced = sum(entry["recall"] for entry in tested) / len(tested)
+    below = 0.0
+    above = 0.0
+    for entry in tested:
+        low, high = entry["recall_interval"]
+        below += (entry["recall"] - low) ** 2
+        above += (high - entry["recall"]) ** 2
+    return dict(
+        balanced_accuracy=balanced,
+        balanced_interval=[balanced - math.sqrt(below) / len(tested),
+                           balanced + math.sqrt(above) / len(tested)],
+        macro_f1=sum(entry["f1"] for entry in tested) / len(tested),
+    )
 
 
 # ==== 19. The ablation: what each technique is worth ==============================================
-
 
 
 def without_technique(flags: SimpleNamespace) -> dict[str, dict[str, Any]]:
@@ -4519,13 +4571,14 @@ def report(job: Job) -> None:
     if notice and finished_models(job):
         job.notices.append(notice)
     write_report(results, job.notices, folder)
+    write_test_predictions(job, results)
     with matplotlib.rc_context({"font.family": families}):
         figures = draw_plots(job, results)
         written = [drawn(name, save_plot, figure, folder / f"{name}.png")
                    for name, figure in figures.items()]
     if figures:
-        say(f"Written to {folder}/: report.txt, results.json, {written.count(True)} plots, "
-            "and the models in checkpoints/.")
+        say(f"Written to {folder}/: report.txt, results.json, test_predictions.csv, "
+            f"{written.count(True)} plots, and the models in checkpoints/.")
 
 
 def collect_results(job: Job) -> dict[str, Any]:
@@ -4538,8 +4591,10 @@ def collect_results(job: Job) -> dict[str, Any]:
     if ensemble_votes(job):
         ensemble = evaluate_ensemble(finished, labels) | calibrate_vote(finished, job.data)
     classes = None
+    summary = None
     if finished:
         classes = by_class(final_probabilities(job), labels, job.data.classes)
+        summary = over_classes(classes)
     results = dict(
         flags=vars(job.flags),
         environment=describe_environment(job.device),
@@ -4547,12 +4602,47 @@ def collect_results(job: Job) -> dict[str, Any]:
         models=[tested.entry for tested in job.tested],
         ensemble=ensemble,
         classes=classes,
+        over_classes=summary,
         speed={tested.entry["name"]: tested.speed for tested in finished if tested.speed},
         ablation=job.ledger,
         architectures=compare_architectures(finished, job.flags),
     )
     results["diagnosis"] = diagnose(results)
     return results
+
+
+def write_test_predictions(job: Job, results: dict[str, Any]) -> None:
+    """Write test_predictions.csv: every test image, the most confidently wrong first.
+
+    These are the images to look at: a wrong label, or what the models can't tell yet. Right
+    answers follow, the least certain first.
+    """
+    if not finished_models(job):
+        return
+    data = job.data
+    believed = at_temperature(final_probabilities(job), final_temperature(results))
+    labels = data.truth("test")
+    confidence = believed.amax(1)
+    right = is_right(believed, labels)
+    order = torch.where(right, 1 + confidence, 1 - confidence).argsort(stable=True)
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["image", "true_class", "predicted_class", "probability"])
+    for place in order.tolist():
+        writer.writerow([
+            image_name(data, int(data.split["test"][place])),
+            data.classes[int(labels[place])],
+            data.classes[int(believed[place].argmax())],
+            f"{confidence[place]:.4f}",
+        ])
+    write_text(Path(job.flags.OUTPUT_DIR, "test_predictions.csv"), table.getvalue())
+
+
+def image_name(data: Data, index: int) -> str:
+    """The path of an image's file, or without files its place in the data set."""
+    if data.files:
+        return printable(data.files[index])
+    return str(index if data.indices is None else int(data.indices[index]))
 
 
 MOST_ACCURATE = "most accurate"
@@ -4654,7 +4744,9 @@ def describe_dataset(data: Data) -> dict[str, Any]:
     """The data set's name, its classes, and how many images play which role."""
     counts = {f"{role}_images": len(data.split[role]) for role in ("train", "validation", "test")}
     mapped = data.images.untyped_storage().filename is not None  # as room_for decided
-    return dict(name=data.name, classes=data.classes, memory_mapped=mapped, **counts)
+    by_class = torch.bincount(data.truth("train"), minlength=len(data.classes)).tolist()
+    return dict(name=data.name, classes=data.classes, memory_mapped=mapped,
+                train_images_by_class=by_class, **counts)
 
 
 def trained_entry(run: Run, data: Data) -> dict[str, Any]:
@@ -4697,6 +4789,7 @@ def write_report(results: dict[str, Any], notices: list[str], folder: Path) -> N
     sections = {
         "Notices": notices,
         "Accuracy": accuracy_table(results),
+        "Classes": classes_table(results),
         "Calibration": calibration_table(results),
         "Architectures": architectures_table(results),
         "Speed": speed_table(results),
@@ -4756,6 +4849,14 @@ def diagnosis_lines(results: dict[str, Any]) -> list[str]:
 def percent(fraction: float | None) -> str:
     """A fraction as a percentage, or a dash where there is none."""
     return "-" if fraction is None else f"{fraction:.1%}"
+
+
+def span(interval: list[float] | None) -> str:
+    """The ends of an interval of shares, in hundredths; a dash where there is none."""
+    if interval is None:
+        return "-"
+    low, high = interval
+    return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def points(change: float | None, interval: list[float] | None = None) -> str:
@@ -4823,10 +4924,9 @@ def copies_lines(copies: dict[str, Any] | None) -> list[str]:
             "also among the training or validation images.")
     if not copies["final"]:
         return [f"{said} So the accuracy above says nothing of other images."]
-    low, high = copies["final"]["interval"]
     shown = [f"{name} {percent(accuracy)}" for name, accuracy in copies["models"].items()]
     said = (f"{said} Without them: {', '.join(shown)}; in the end "
-            f"{percent(copies['final']['accuracy'])} ({100 * low:.1f} to {100 * high:.1f}).")
+            f"{percent(copies['final']['accuracy'])} ({span(copies['final']['interval'])}).")
     return textwrap.wrap(said, REPORT_WIDTH)
 
 
@@ -4864,10 +4964,9 @@ def tested_cells(part: dict[str, Any], prefix: str) -> dict[str, str]:
     accuracy = part[f"{prefix}accuracy"]
     if accuracy is None:
         return dict.fromkeys(("test", "95 % interval", "NLL", "ECE"), "-")
-    low, high = part[f"{prefix}interval"]
     loss = part[f"{prefix}loss"]
     error = part[f"{prefix}calibration_error"]
-    return {"test": percent(accuracy), "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}",
+    return {"test": percent(accuracy), "95 % interval": span(part[f"{prefix}interval"]),
             "NLL": f"{loss:.3f}", "ECE": f"{error:.3f}"}
 
 
@@ -4919,6 +5018,51 @@ def calibration_row(name: str, part: dict[str, Any], prefix: str) -> str:
         "ECE after": f"{part['calibrated_error']:.3f}",
     }
     return table_row(CALIBRATION_COLUMNS, cells)
+
+
+CLASS_COLUMNS = {
+    "class": "{:<32}", "images": "{:>7}", "recognised": "{:>12}", "95 % interval": "{:>15}",
+    "precision": "{:>12}", "95 % interval ": "{:>15}", "F1": "{:>8}",
+}
+SHOWN_CLASSES = 20
+
+
+def classes_table(results: dict[str, Any]) -> list[str]:
+    """The classes section: each class's recall and precision, the hardest first; all on average."""
+    if not results["classes"]:
+        return []
+    tested = [entry for entry in results["classes"] if entry["images"]]
+    hardest = sorted(tested, key=lambda entry: entry["recall"])
+    lines = [heading_row(CLASS_COLUMNS)]
+    for entry in hardest[:SHOWN_CLASSES]:
+        lines.append(table_row(CLASS_COLUMNS, class_cells(entry)))
+    if len(hardest) > SHOWN_CLASSES:
+        lines.append(f"and {len(hardest) - SHOWN_CLASSES:,} more in results.json.")
+    summary = results["over_classes"]
+    lines.append(f"Balanced accuracy, in which each class counts alike: "
+                 f"{percent(summary['balanced_accuracy'])} "
+                 f"({span(summary['balanced_interval'])}); macro F1: {summary['macro_f1']:.3f}.")
+    lines += textwrap.wrap(
+        "These are the run's final answers. Recognised (recall): the share of a class's images "
+        "that are taken for it; precision: the share of right answers among those that name it.",
+        REPORT_WIDTH)
+    return lines
+
+
+def class_cells(entry: dict[str, Any]) -> dict[str, str]:
+    """A class's line."""
+    name = entry["name"]
+    if len(name) > 30:
+        name = f"{name[:29]}…"
+    return {
+        "class": name,
+        "images": f"{entry['images']:,}",
+        "recognised": percent(entry["recall"]),
+        "95 % interval": span(entry["recall_interval"]),
+        "precision": percent(entry["precision"]),
+        "95 % interval ": span(entry["precision_interval"]),
+        "F1": f"{entry['f1']:.3f}",
+    }
 
 
 ARCHITECTURE_COLUMNS = {
@@ -5531,26 +5675,29 @@ def write_cells(axis: Any, table: Tensor) -> None:
 
 
 def plot_classes(classes: list[dict[str, Any]]) -> Figure:
-    """The accuracy of each class with its 95 % interval, the hardest first; 40 at most."""
+    """Recall and precision of each class with 95 % intervals, the hardest first; 40 at most."""
     tested = [entry for entry in classes if entry["images"]]
-    hardest = sorted(tested, key=class_accuracy)[:40]
+    hardest = sorted(tested, key=lambda entry: entry["recall"])[:40]
     names = [plot_name(entry["name"]) for entry in hardest]
-    title = f"{names[0]} is hardest: {class_accuracy(hardest[0]):.0%} right"
-    figure, grid = axes(1, 1, 8, 1.5 + 0.28 * len(hardest), title)
+    title = f"{names[0]} is hardest: {hardest[0]['recall']:.0%} recognised"
+    figure, grid = axes(1, 1, 8, 1.9 + 0.34 * len(hardest), title)
     axis = grid[0, 0]
-    for place, entry in enumerate(hardest):
-        accuracy = class_accuracy(entry)
-        ends = [100 * end for end in wilson_interval(accuracy, entry["images"])]
-        axis.plot(ends, [-place, -place], color=SKY_BLUE, linewidth=3, solid_capstyle="butt")
-        axis.plot(100 * accuracy, -place, "o", color=BLUE)
+    figures = (("recall", "recognised (recall)", BLUE, 0.12),
+               ("precision", "right where it is named (precision)", ORANGE, -0.12))
+    for figure_name, label, colour, shift in figures:
+        for place, entry in enumerate(hardest):
+            if entry[figure_name] is None:
+                continue
+            ends = [100 * end for end in entry[f"{figure_name}_interval"]]
+            axis.plot(ends, [shift - place] * 2, color=colour, linewidth=2, alpha=0.4,
+                      solid_capstyle="butt")
+            axis.plot(100 * entry[figure_name], shift - place, "o", color=colour, markersize=5,
+                      label=label)
+            label = None  # once in the legend
     name_rows(axis, names)
-    axis.set(xlabel="test accuracy (%), 95 % interval")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    axis.set(xlabel="test images of the class (%), 95 % interval")
     return figure
-
-
-def class_accuracy(entry: dict[str, Any]) -> float:
-    """The share of a class's test images that are right, from its entry in results.json."""
-    return 1 - entry["errors"] / entry["images"]
 
 
 def name_rows(axis: Any, names: list[str]) -> None:
@@ -5588,6 +5735,8 @@ def show_prediction(axis: Any, place: int, probabilities: Tensor, data: Data) ->
     name = plot_name(data.classes[int(probabilities.argmax())], 18)
     truth = plot_name(data.classes[int(data.labels[index])], 18)
     caption = f"{name} {probabilities.max():.0%}"
+    if data.files:
+        caption = f"{plot_name(data.files[index].name, 22)}\n{caption}"
     colour = GREEN
     if int(probabilities.argmax()) != int(data.labels[index]):
         caption = f"{caption}\nis {truth}"
@@ -5649,7 +5798,8 @@ def predict_files(job: Job) -> None:
     answers = []
     for run in runs:
         answers.append(soft_vote(predict(run, data, "test", tta_views(run.flags))))
-    best = at_temperature(soft_vote(answers), temperature).topk(min(3, len(classes)))
+    believed = at_temperature(soft_vote(answers), temperature)
+    best = believed.topk(min(3, len(classes)))
     rows = []
     for place, shares, labels in zip(readable, best.values.tolist(), best.indices.tolist(),
                                      strict=True):
@@ -5659,6 +5809,41 @@ def predict_files(job: Job) -> None:
         say(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in answer))
     if target.is_dir():
         write_answers(rows, len(unreadable) + len(others), job.flags)
+        say_accuracy([paths[place] for place in readable], believed, target, classes)
+
+
+def say_accuracy(paths: list[Path], probabilities: Tensor, target: Path,
+                 classes: list[str]) -> None:
+    """Print the accuracy over the images that lie in folders below target named as a class is.
+
+    probabilities [n, classes] are of the paths. Nothing is said where no folder is.
+    """
+    known = {same_spelling(name): label for label, name in enumerate(classes)}
+    places = []
+    labels = []
+    for place, path in enumerate(paths):
+        folders = path.relative_to(target).parts[:-1]
+        named = [known[name] for name in map(same_spelling, folders) if name in known]
+        if named:
+            places.append(place)
+            labels.append(named[0])
+    if not places:
+        return
+    truth = torch.tensor(labels)
+    right = int(is_right(probabilities[places], truth).sum())
+    share, interval = share_with_interval(right, len(places))
+    say(f"Accuracy: {percent(share)} ({span(interval)}) of the {len(places):,} images that lie in "
+        "folders named as a class.")
+    if len(places) < len(paths):
+        say(f"{len(paths) - len(places):,} images lie in no such folder, and don't count.")
+    summary = over_classes(by_class(probabilities[places], truth, classes))
+    say(f"Balanced accuracy, in which each class counts alike: "
+        f"{percent(summary['balanced_accuracy'])} ({span(summary['balanced_interval'])}).")
+
+
+def same_spelling(name: str) -> str:
+    """A folder's or class's name in the one spelling in which it is compared."""
+    return printable(unicodedata.normalize("NFC", name))
 
 
 def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int,

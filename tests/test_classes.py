@@ -1,0 +1,151 @@
+"""Each class by itself: recall, precision and rare classes, and which images to look at."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, quick_flags, random_data
+from test_data import make_folder
+
+import advanced_techniques as at
+
+
+def answers(predicted: list[int], classes: int, confidence: list[float] | None = None):
+    """Probabilities [n, classes] of which the predicted ones are the largest."""
+    confidence = confidence or [0.9] * len(predicted)
+    table = torch.empty(len(predicted), classes)
+    for row, (label, share) in enumerate(zip(predicted, confidence, strict=True)):
+        table[row] = (1 - share) / (classes - 1)
+        table[row, label] = share
+    return table
+
+
+# 6 cats: 4 right, 2 taken for dogs. 3 dogs: 3 right. 1 owl: taken for a cat. No test image of rats.
+TRUTH = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 2])
+PREDICTED = [0, 0, 0, 0, 1, 1, 1, 1, 1, 0]
+NAMES = ["cat", "dog", "owl", "rat"]
+
+
+def test_recall_precision_and_f1_of_each_class_by_hand():
+    cat, dog, owl, rat = at.by_class(answers(PREDICTED, 4), TRUTH, NAMES)
+    assert (cat["recall"], cat["precision"]) == pytest.approx((4 / 6, 4 / 5))
+    assert (dog["recall"], dog["precision"]) == pytest.approx((1, 3 / 5))
+    assert owl["recall"] == 0 and owl["precision"] is None and owl["precision_interval"] is None
+    assert rat["recall"] is None and rat["f1"] == 0
+    assert cat["f1"] == pytest.approx(2 * (4 / 6) * (4 / 5) / (4 / 6 + 4 / 5))
+    assert cat["recall_interval"] == at.wilson_interval(4 / 6, 6)
+    assert cat["precision_interval"] == at.wilson_interval(4 / 5, 5)
+    assert [entry["errors"] for entry in (cat, dog, owl, rat)] == [2, 0, 1, 0]
+
+
+def test_each_class_counts_alike_however_rare():
+    entries = at.by_class(answers(PREDICTED, 4), TRUTH, NAMES)
+    summary = at.over_classes(entries)
+    assert summary["balanced_accuracy"] == pytest.approx((4 / 6 + 1 + 0) / 3)
+    assert summary["macro_f1"] == pytest.approx(sum(entry["f1"] for entry in entries[:3]) / 3)
+    cat, dog, owl = (at.wilson_interval(right / of, of) for right, of in ((4, 6), (3, 3), (0, 1)))
+    below = math.hypot(4 / 6 - cat[0], 1 - dog[0], 0 - owl[0]) / 3
+    above = math.hypot(cat[1] - 4 / 6, dog[1] - 1, owl[1] - 0) / 3
+    wanted = [summary["balanced_accuracy"] - below, summary["balanced_accuracy"] + above]
+    assert summary["balanced_interval"] == pytest.approx(wanted)
+
+
+def test_the_interval_of_balanced_accuracy_holds_the_truth_about_19_times_in_20():
+    random = np.random.default_rng(0)
+    chances, images = [0.95, 0.9, 0.6], [200, 50, 8]
+    held = 0
+    for _ in range(500):
+        right = random.binomial(images, chances)
+        entries = [dict(images=count, recall=hits / count, f1=0.0,
+                        recall_interval=at.wilson_interval(hits / count, count))
+                   for count, hits in zip(images, right, strict=True)]
+        low, high = at.over_classes(entries)["balanced_interval"]
+        held += low <= np.mean(chances) <= high
+    assert 0.91 < held / 500 < 0.99
+
+
+def test_the_report_lists_the_hardest_class_first_and_says_how_many_more_there_are():
+    results = dict(classes=at.by_class(answers(PREDICTED, 4), TRUTH, NAMES))
+    results["over_classes"] = at.over_classes(results["classes"])
+    table = at.classes_table(results)
+    assert [line.split()[0] for line in table[1:4]] == ["owl", "cat", "dog"]
+    assert "0.0%" in table[1] and "-" in table[1] and "66.7%" in table[2]
+    assert "55.6%" in "".join(table) and "rat" not in "".join(table)
+    names = [f"class{label}" for label in range(30)]
+    results["classes"] = at.by_class(answers(list(range(30)), 30), torch.arange(30), names)
+    assert "and 10 more in results.json." in at.classes_table(results)
+    assert at.classes_table(dict(classes=None)) == []
+
+
+def test_a_class_that_is_never_named_is_drawn_too():
+    entries = at.by_class(answers(PREDICTED, 4), TRUTH, NAMES)
+    figure = at.plot_classes(entries)
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["owl", "cat", "dog"]
+    dots = sorted(line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o")
+    assert dots == pytest.approx([0, 60, 400 / 6, 80, 100])
+    assert len(figure.legends[0].get_texts()) == 2
+
+
+def job_with(data: at.Data, probabilities: torch.Tensor, folder) -> at.Job:
+    entry = dict(name="model", test_accuracy=0.5, validation_accuracy=0.5, temperature=2.0)
+    tested = at.Tested(entry, probabilities, probabilities)
+    flags = quick_flags(ARCHITECTURES=("model",), OUTPUT_DIR=str(folder))
+    return at.Job(flags, CPU, data, tested=[tested])
+
+
+def test_the_most_confidently_wrong_test_images_stand_first(tmp_path):
+    data = random_data()
+    data.split["test"] = torch.tensor([3, 9, 11, 20])
+    data.labels[[3, 9, 11, 20]] = torch.tensor([0, 1, 1, 2])
+    table = answers([0, 0, 3, 2], 4, [0.6, 0.7, 0.8, 0.9])
+    job = job_with(data, table, tmp_path)
+    at.write_test_predictions(job, dict(ensemble=dict(accuracy=None), models=[
+        job.tested[0].entry], flags=vars(job.flags)))
+    with (tmp_path / "test_predictions.csv").open(newline="") as stream:
+        header, *rows = csv.reader(stream)
+    assert header == ["image", "true_class", "predicted_class", "probability"]
+    names = data.classes
+    assert [row[:3] for row in rows] == [["11", names[1], names[3]], ["9", names[1], names[0]],
+                                         ["3", names[0], names[0]], ["20", names[2], names[2]]]
+    tempered = at.at_temperature(table, 2.0).amax(1)
+    assert [float(row[3]) for row in rows] == pytest.approx(
+        tempered[[2, 1, 0, 3]].tolist(), abs=1e-4)
+
+
+def test_a_run_on_a_folder_names_files_and_predict_tells_its_accuracy(tmp_path, capsys):
+    folder = make_folder(tmp_path / "pets", count=30)
+    output = ["--output-dir", str(tmp_path / "out"), "--data-dir", str(tmp_path / "data")]
+    at.main(["--dataset", str(folder), "--architectures", "test_resnet", "--pretrained", "none",
+             "--image-size", "32", "--num-epochs", "1", "--batch-size", "16",
+             "--gradient-accumulation-steps", "1", *output])
+    printed = capsys.readouterr().out
+    assert "\nClasses\n" in printed and "Balanced accuracy" in printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["over_classes"]["balanced_interval"]
+    assert sum(results["dataset"]["train_images_by_class"]) == results["dataset"]["train_images"]
+    with (tmp_path / "out" / "test_predictions.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == results["dataset"]["test_images"]
+    for row in rows:
+        assert f"/{row['true_class']}/" in row["image"] and (tmp_path / row["image"]).is_file()
+    right = [row["true_class"] == row["predicted_class"] for row in rows]
+    assert right == sorted(right)  # the wrong ones first
+    final = results["models"][0]
+    assert sum(right) / len(right) == pytest.approx(final["tta_accuracy"])
+    # A test set that came later: one image in no class's folder, one class in capitals
+    later = make_folder(tmp_path / "later", count=4)
+    (later / "owl" / "0.png").rename(later / "0.png")
+    at.main(["--predict", str(later), *output])
+    printed = capsys.readouterr().out
+    with (tmp_path / "out" / "predictions.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    counted = [row for row in rows if row["path"] != str(later / "0.png")]
+    share = sum(f"/{row['class_1']}/" in row["path"] for row in counted) / len(counted)
+    assert f"Accuracy: {share:.1%} (" in printed and "of the 11 images" in printed
+    assert "1 images lie in no such folder" in printed and "Balanced accuracy" in printed
+    at.main(["--predict", str(later / "cat"), *output])
+    assert "Accuracy" not in capsys.readouterr().out
