@@ -19,7 +19,7 @@ A map of this file. To learn, read to the end of part 8; the rest keeps your run
     10 augmentation                 15 flags: reading and refusing    20 measuring speed
     11 what may go wrong            16 data                           21 report and diagnosis
     12 device and precision         17 weights                        22 plots
-    13 checkpoints                  18 scores and intervals           23 prediction
+    13 checkpoints                  18 scores and intervals           23 prediction, handing over
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ from tqdm import tqdm
 # What to learn from, and with which networks
 DATASET = "auto"  # "auto", "cifar10", "fashion_mnist", "shapes", or a folder of class folders
 ARCHITECTURES = ("resnet18", "resnet50", "efficientnet_b0")  # any timm model names
+FIT = "crop"  # how an image becomes a square: "crop" its middle, "pad" it with grey, "squash" it
 PRETRAINED = "auto"  # "auto" (ImageNet), "none", or a file or folder of ARCHITECTURE.safetensors
 IMAGE_SIZE = 0  # pixels a side that the backbone sees; 0: 224 on a GPU, 96 on a CPU
 TRAIN_IMAGES = 0  # images to train on; 0: all of them on a GPU, 2,400 on a CPU
@@ -114,6 +115,7 @@ PREDICT = ""  # an image or a folder to classify with the models in OUTPUT_DIR, 
 ABLATION = False  # also train the first model without each technique, and print what each is worth
 ABLATION_SEEDS = 3  # how often each of these trainings is repeated with another seed
 SKIP_UNREADABLE = False  # leave files out that can't be read as images, instead of stopping
+EXPORT = True  # also write ensemble.pt2 and models/, which serve without this script
 MEMORY_GB = 4.0  # decoded images larger than this go to a memory-mapped file under DATA_DIR
 DATA_DIR = "data"  # downloads and caches
 OUTPUT_DIR = "outputs"  # report, plots, checkpoints
@@ -871,9 +873,10 @@ def show(images: Tensor, run: Run, zoom: float = 1.0, mirror: bool = False) -> T
     share = min(1.0, run.flags.IMAGE_SIZE / images.shape[-1]) / zoom
     width = -share if mirror else share
     window = constant(((width, 0.0, 0.0), (0.0, share, 0.0)), images.device)
-    same = torch.eye(3, device=images.device).expand(len(images), 3, 3)
-    no_offset = images.new_zeros(len(images), 1, 1)
-    images = sample(images, window.expand(len(images), 2, 3), same, no_offset, run)
+    count = images.shape[0]  # unlike len(), it stays open where the views are exported
+    same = torch.eye(3, device=images.device).expand(count, 3, 3)
+    no_offset = images.new_zeros(count, 1, 1)
+    images = sample(images, window.expand(count, 2, 3), same, no_offset, run)
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -1082,7 +1085,7 @@ def check_compiler(device: torch.device) -> None:
 # ==== 13. Checkpoints, and going on from them =====================================================
 
 # Flags that don't change one model's training, or are put otherwise in its signature
-PER_RUN = ("ARCHITECTURES", "SEED", "USE_ENSEMBLE", "ABLATION", "ABLATION_SEEDS",
+PER_RUN = ("ARCHITECTURES", "SEED", "USE_ENSEMBLE", "ABLATION", "ABLATION_SEEDS", "EXPORT",
            "SKIP_UNREADABLE", "RESUME", "PREDICT", "DATA_DIR", "OUTPUT_DIR", "BATCH_SIZE",
            "GRADIENT_ACCUMULATION_STEPS", "DATASET", "MEMORY_GB")
 
@@ -1704,6 +1707,7 @@ def reason(error: BaseException) -> str:
 # ==== 15. Flags: reading and refusing =============================================================
 
 DATASETS = ("auto", "cifar10", "fashion_mnist", "shapes")
+CHOICES = {"FIT": ("crop", "pad", "squash")}
 TEXTS = ("DATASET", "PRETRAINED", "PREDICT", "DATA_DIR", "OUTPUT_DIR")
 NUMBERS = {  # flag: its type, the lowest and the highest value
     "BATCH_SIZE": (int, 1, 10**5),
@@ -1720,7 +1724,7 @@ NUMBERS = {  # flag: its type, the lowest and the highest value
     "WEIGHT_DECAY": (float, 0, 10),
     "LABEL_SMOOTHING": (float, 0, 0.9),
     "MEMORY_GB": (float, 0, 10**6),
-}  # ARCHITECTURES is a tuple; whatever else is no number and no text is true or false
+}  # ARCHITECTURES is a tuple; whatever else is no number, text or choice is true or false
 
 
 def read_flags(arguments: list[str] | None = None) -> SimpleNamespace:
@@ -1775,7 +1779,7 @@ def option(name: str) -> str:
 
 def parse_flag(name: str, text: str) -> Any:
     """Read a flag's value; what can't be read stays text, for check_types to refuse."""
-    if name in TEXTS:
+    if name in TEXTS or name in CHOICES:
         return text
     if name == "ARCHITECTURES":
         return tuple(part.strip() for part in text.split(",") if part.strip())
@@ -1799,6 +1803,10 @@ def check_types(flags: SimpleNamespace) -> None:
             if type(value) not in (kind, int) or not low <= value <= high:
                 number = "whole number" if kind is int else "number"
                 stop(f"{name} = {value}: it has to be a {number} from {low:g} to {high:,}.")
+        elif name in CHOICES:
+            if value not in CHOICES[name]:
+                stop(f"{name} = {value}: it has to be {', '.join(CHOICES[name][:-1])} or "
+                     f"{CHOICES[name][-1]}.{suggestion(str(value), CHOICES[name])}")
         elif name in TEXTS:
             if type(value) is not str or not (value or name == "PREDICT"):
                 stop(f"{name} = {value}: it has to be text, in quotes where it stands in the file.")
@@ -1843,9 +1851,7 @@ def check_places(flags: SimpleNamespace) -> None:
 
 def check_shares(flags: SimpleNamespace) -> None:
     """Stop if several processes would have too few images of an update each."""
-    smallest = flags.BATCH_SIZE
-    if not flags.ABLATION:  # which also trains without accumulation
-        smallest *= flags.GRADIENT_ACCUMULATION_STEPS
+    smallest = flags.BATCH_SIZE * flags.GRADIENT_ACCUMULATION_STEPS
     if PROCESSES > 1 and smallest < 2 * PROCESSES:
         stop(f"BATCH_SIZE = {flags.BATCH_SIZE}: an update of {smallest} images leaves too few for "
              f"each of the {PROCESSES} processes. Raise it, or start fewer processes.")
@@ -2827,7 +2833,7 @@ def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
 
         def read_one(position: int) -> bool:
             try:
-                image = decode(paths[position], side, scale)
+                image = decode(paths[position], side, flags.FIT, scale)
             except Exception as error:  # Pillow raises nearly anything on a damaged file
                 images[position] = 0
                 why = why_unreadable(paths[position], error)
@@ -2891,8 +2897,9 @@ def make_file(file: Path, size: int) -> None:
              "TRAIN_IMAGES or IMAGE_SIZE.")
 
 
-def decode(path: Path, side: int, scale: PixelScale | None = None) -> np.ndarray | None:
-    """An image file as uint8 [3, side, side]: shorter side to `side`, then the middle square.
+def decode(path: Path, side: int, fit: str = "crop",
+           scale: PixelScale | None = None) -> np.ndarray | None:
+    """An image file as uint8 [3, side, side], made a square as FIT has it.
 
     Any mode becomes RGB, as it is meant to be seen: EXIF rotation is applied, transparency laid
     over white, more than 8 bits scaled to 8: at the image's own scale, if none is given. None if
@@ -2914,10 +2921,30 @@ def decode(path: Path, side: int, scale: PixelScale | None = None) -> np.ndarray
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BILINEAR)
-        return np.asarray(image).transpose(2, 0, 1)
+        return np.asarray(squared(image.convert("RGB"), side, fit)).transpose(2, 0, 1)
 
     return read_image(path, show_image)
+
+
+GREY = 128  # what fills the square around an image that is padded
+
+
+def squared(image: Image.Image, side: int, fit: str) -> Image.Image:
+    """An RGB image as a square: its middle, all of it with grey around, or all of it squashed.
+
+    The program in ensemble.pt2 does the same: in_squares().
+    """
+    if fit == "crop":
+        return ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+    if fit == "squash":
+        return image.resize((side, side), Image.Resampling.BILINEAR)
+    longest = max(image.size)
+    width = max(1, round(image.width * side / longest))
+    height = max(1, round(image.height * side / longest))
+    square = Image.new("RGB", (side, side), (GREY, GREY, GREY))
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
 
 
 def read_image(path: Path, use: Callable[[Image.Image], Any]) -> Any:
@@ -4579,6 +4606,8 @@ def report(job: Job) -> None:
     if figures:
         say(f"Written to {folder}/: report.txt, results.json, test_predictions.csv, "
             f"{written.count(True)} plots, and the models in checkpoints/.")
+    if job.flags.EXPORT and all_finished(job) and RANK == 0:
+        hand_over(job, results)
 
 
 def collect_results(job: Job) -> dict[str, Any]:
@@ -4605,6 +4634,7 @@ def collect_results(job: Job) -> dict[str, Any]:
         over_classes=summary,
         speed={tested.entry["name"]: tested.speed for tested in finished if tested.speed},
         ablation=job.ledger,
+        export=None,
         architectures=compare_architectures(finished, job.flags),
     )
     results["diagnosis"] = diagnose(results)
@@ -4798,13 +4828,18 @@ def write_report(results: dict[str, Any], notices: list[str], folder: Path) -> N
     }
     lines = report_head(results)
     for title, body in sections.items():
-        if body:
-            underline = "-" * len(title)
-            lines += ["", title, underline, *body]
+        lines += section(title, body)
     text = "\n".join([*lines, ""])
     say(text)
     write_text(folder / "report.txt", text)
     write_text(folder / "results.json", f"{json.dumps(results, indent=1)}\n")
+
+
+def section(title: str, body: list[str]) -> list[str]:
+    """The lines of a section of the report; none where there is nothing to say."""
+    if not body:
+        return []
+    return ["", title, "-" * len(title), *body]
 
 
 def write_text(file: Path, text: str) -> None:
@@ -5770,7 +5805,7 @@ def plot_ablation(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-# ==== 23. Prediction: using what was trained ======================================================
+# ==== 23. Prediction and handing over: using what was trained =====================================
 
 
 def predict_files(job: Job) -> None:
@@ -5915,6 +5950,203 @@ def stored_run(name: str, saved: dict[str, Any], flags: SimpleNamespace,
     run = new_run(name, Weights(saved["architecture"], "", None), 0, job)
     run.network.load_state_dict(saved["state_dict"])
     return run
+
+
+# ---- Handing over: files that serve without this script ----
+
+
+def hand_over(job: Job, results: dict[str, Any]) -> None:
+    """Write models/ and ensemble.pt2, try the latter on the test images, and report on it.
+
+    Whatever fails here is said in a line and costs nothing else.
+    """
+    folder = Path(job.flags.OUTPUT_DIR)
+    flags = SimpleNamespace(**vars(job.flags) | dict(COMPILE=False))
+    runs = {}
+    try:
+        for tested in finished_models(job):
+            name = tested.entry["name"]
+            saved = torch.load(folder / "checkpoints" / f"{name}.pt", map_location="cpu",
+                               weights_only=True)
+            runs[name] = stored_run(name, saved, flags, torch.device("cpu"))
+            write_model(runs[name], job.data, folder / "models" / name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tensors on other devices: all are on the CPU
+            results["export"] = export_program(job, results, list(runs.values()))
+    except (Exception, SystemExit) as error:  # torch.export, a full disk, what timm can't describe
+        (folder / "ensemble.pt2").unlink(missing_ok=True)  # an older run's must not stay
+        why = getattr(error, "__notes__", [reason(error)[:200]])
+        results["export"] = dict(file=None, why=f"{type(error).__name__}: {why[0]}")
+    lines = section("Handing over", handing_over_lines(results))
+    say(*lines)
+    with contextlib.suppress(OSError):
+        report = (folder / "report.txt").read_text("utf-8")
+        write_text(folder / "report.txt", "\n".join([report.rstrip("\n"), *lines, ""]))
+    write_text(folder / "results.json", f"{json.dumps(results, indent=1)}\n")
+
+
+def handing_over_lines(results: dict[str, Any]) -> list[str]:
+    """What came of handing over, in sentences."""
+    made = results["export"]
+    if made["file"] is None:
+        said = (f"ensemble.pt2 was not made ({made['why']}). Nothing else is touched by that; "
+                "--predict answers as ever.")
+        return textwrap.wrap(said, REPORT_WIDTH)
+    count = made["images"]
+    same = "all of them"
+    if made["same_class"] < count:
+        same = f"{made['same_class']:,} of them"
+    whose = "this run does"
+    if not made["exact"]:
+        whose = "the models do in FP32 on a CPU"
+    said = (f"{made['file']} ({made['bytes'] / 1e6:.0f} MB) answers the {count:,} test images as "
+            f"{whose}: the same class for {same}, probabilities within "
+            f"{made['largest_difference']:.0e}.")
+    if not made["exact"]:
+        said = f"{said} This run itself names the same class for {made['as_reported']:,} of them."
+    said = (f"{said} It needs PyTorch alone: images in, probabilities out. models/ holds each "
+            "network for timm. README.md shows how to use both.")
+    return textwrap.wrap(said, REPORT_WIDTH)
+
+
+def write_model(run: Run, data: Data, folder: Path) -> None:
+    """Write a network so that timm.create_model("local-dir:FOLDER", pretrained=True) loads it."""
+    network = copy.deepcopy(run.network).to(memory_format=torch.contiguous_format)
+    size = run.flags.IMAGE_SIZE
+    crop_modes = dict(crop="center", pad="border", squash="squash")  # in timm's words
+    preprocessing = dict(input_size=(3, size, size), mean=run.mean.tolist(), std=run.std.tolist(),
+                         interpolation="bilinear", crop_mode=crop_modes[run.flags.FIT],
+                         crop_pct=min(1.0, size / data.images.shape[-1]))
+    timm.models.save_for_hf(network, str(folder), safe_serialization=True,
+                            model_config=dict(label_names=data.classes),
+                            data_config=preprocessing)
+
+
+class HandedOver(nn.Module):
+    """All that answers in one module: images of any size in, probabilities out."""
+
+    def __init__(self, runs: list[Run], side: int, temperature: float) -> None:
+        """Runs are the models that vote, side is that of the squares that images become."""
+        super().__init__()
+        self.networks = nn.ModuleList(run.network for run in runs)
+        self.runs = runs
+        self.side = side
+        self.temperature = temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Probabilities [n, classes] of uint8 images [n, 3, height, width], as --predict has them.
+        """
+        squares = in_squares(images, self.side, self.runs[0].flags.FIT)
+        answers = []
+        for run in self.runs:
+            views = [show(squares, run, **options) for options in tta_views(run.flags)]
+            logits = run.network(torch.cat(views)).unflatten(0, (len(views), images.shape[0]))
+            answers.append(soft_vote(logits.softmax(-1)))
+        return at_temperature(soft_vote(answers), self.temperature)
+
+
+def in_squares(images: Tensor, side: int, fit: str) -> Tensor:
+    """What squared() makes of images: uint8 [n, 3, H, W] -> float [n, 3, side, side], 0 to 255.
+
+    Pillow's resizing is two products with matrices of weights, across and then down. As such it
+    can be exported for images of any size, with no branch on which side is the longer one. The
+    same to the last bit, but for images far higher than wide: Pillow from 13 on resizes them down
+    first, which may round a level otherwise.
+    """
+    height, width = images.shape[-2:]
+    across, shown_across = resizing(width, height, side, fit)
+    down, shown_down = resizing(height, width, side, fit)
+    images = (images.double() @ across.T + 0.5).floor().clamp(0, 255)
+    images = (down @ images + 0.5).floor().clamp(0, 255)
+    return torch.where(shown_down[:, None] & shown_across, images, GREY).float()
+
+
+def resizing(length: int, other: int, side: int, fit: str) -> tuple[Tensor, Tensor]:
+    """The weights [side, length] by which the pixels of a line of an image become `side` pixels.
+
+    other is the image's extent in the other direction. Also bool [side], which of the pixels show
+    the image: the others are padding. As in Pillow, weights fall off linearly around the centre
+    of each pixel, over as many pixels of the image as one stands for, and are multiples of 2**-22.
+    """
+    pixels = torch.arange(length, dtype=torch.float64)
+    size = pixels.amax() + 1  # a tensor, so that the program takes any length
+    longest = torch.maximum(size, torch.arange(other, dtype=torch.float64).amax() + 1)
+    shortest = size + torch.arange(other, dtype=torch.float64).amax() + 1 - longest
+    squares = torch.arange(side, dtype=torch.float64)
+    start = torch.zeros_like(size)  # where the image's shown part begins, in its pixels
+    first = torch.zeros_like(size)  # the first of the pixels that show it
+    count = first + side  # how many do
+    shown = size  # the extent of what is shown
+    if fit == "crop":
+        shown = shortest
+        start = (size - shortest) / 2
+    elif fit == "pad":
+        count = (size * side / longest).round().clamp(min=1)
+        first = ((side - count) / 2).floor()
+    scale = shown / count
+    centres = start + (squares - first + 0.5) * scale
+    distances = (pixels + 0.5 - centres[:, None]).abs()
+    weights = (1 - distances / scale.clamp(min=1)).clamp(min=0)
+    visible = (squares >= first) & (squares < first + count)
+    weights = weights * visible[:, None]
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-9)
+    return (weights * 2**22 + 0.5).floor() / 2**22, visible
+
+
+def export_program(job: Job, results: dict[str, Any], runs: list[Run]) -> dict[str, Any]:
+    """Write ensemble.pt2, the answering models as one program, and try it on the test images."""
+    if not ensemble_votes(job):
+        runs = [runs[best_on_validation([tested.entry for tested in finished_models(job)])]]
+    side = job.data.images.shape[-1]
+    program = HandedOver(runs, side, final_temperature(results)).eval()
+    example = job.data.images[job.data.split["test"][:2]].cpu()
+    with torch.no_grad():
+        program(example)  # fills the caches of constants with numbers, before the tracing
+        any_size = torch.export.Dim.DYNAMIC
+        exported = torch.export.export(
+            program, (example,), dynamic_shapes=({0: any_size, 2: any_size, 3: any_size},))
+    extra = {"classes.json": json.dumps(job.data.classes),
+             "flags.json": json.dumps(vars(job.flags))}
+    content = io.BytesIO()
+    torch.export.save(exported, content, extra_files=extra)
+    file = Path(job.flags.OUTPUT_DIR, "ensemble.pt2")
+    write_whole(file, lambda stream: stream.write(content.getbuffer()))
+    return dict(file=str(file), bytes=file.stat().st_size, why="",
+                **try_program(file, job, results, runs))
+
+
+@torch.no_grad()
+def try_program(file: Path, job: Job, results: dict[str, Any],
+                runs: list[Run]) -> dict[str, Any]:
+    """Load a program and compare its answers to all test images with the models' own.
+
+    exact: the run itself computed in FP32 on a CPU, so its answers are compared. Otherwise the
+    models answer once more, in FP32, since 16 bits and other devices round differently.
+    """
+    data = job.data
+    temperature = final_temperature(results)
+    program = torch.export.load(file).module()
+    parts = []
+    for batch in progress(data.split["test"].split(job.flags.BATCH_SIZE), "ensemble.pt2"):
+        parts.append(program(data.images[batch].cpu()))
+    answers = torch.cat(parts)
+    reported = at_temperature(final_probabilities(job), temperature)
+    precisions = {entry["precision"] for entry in results["models"]}
+    exact = job.device.type == "cpu" and precisions == {"float32"}
+    wanted = reported
+    if not exact:
+        votes = []
+        for run in runs:
+            in_fp32 = dataclasses.replace(run, precision=None)
+            votes.append(soft_vote(predict(in_fp32, data, "test", tta_views(run.flags))))
+        wanted = at_temperature(soft_vote(votes), temperature)
+    return dict(
+        images=len(answers),
+        exact=exact,
+        same_class=int((answers.argmax(1) == wanted.argmax(1)).sum()),
+        largest_difference=float((answers - wanted).abs().max()),
+        as_reported=int((answers.argmax(1) == reported.argmax(1)).sum()),
+    )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import advanced_techniques as at
 
 CPU = torch.device("cpu")
+at.FLAGS["EXPORT"] = False  # seconds for each model; the tests that look at it switch it on
 SCRATCH = tempfile.mkdtemp()  # for what a test writes but doesn't look at
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 

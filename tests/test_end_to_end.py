@@ -10,6 +10,7 @@ from test_data import DEBIAN, make_folder
 import advanced_techniques as at
 
 QUICK = [
+    "--export=false",
     "--image-size",
     "32",
     "--train-images",

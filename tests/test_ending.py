@@ -131,7 +131,7 @@ def test_a_model_is_kept_though_its_speed_cannot_be_measured(
 def test_the_program_ends_with_code_1_and_no_traceback(script, arguments, tmp_path):
     code = ("import runpy, sys; sys.argv = sys.argv[1:]; import torch; "
             "torch.optim.AdamW.step = None; runpy.run_path(sys.argv[0], run_name='__main__')")
-    ended = subprocess.run([sys.executable, "-c", code, str(script), *arguments],
+    ended = subprocess.run([sys.executable, "-c", code, str(script), *arguments, "--export=false"],
                            capture_output=True, text=True, timeout=100)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr + ended.stdout, ended.stderr
     assert "error.txt" in ended.stderr and "test_resnet" in ended.stderr

@@ -381,6 +381,7 @@ def test_a_data_folder_that_cannot_be_written_is_said(host, tmp_path):
 def train(hub, folder: Path, *options: str, processes: int = 1) -> subprocess.CompletedProcess:
     small = dict(dataset="shapes", architectures="test_vit", image_size=32, train_images=40,
                  test_images=20, batch_size=8, gradient_accumulation_steps=2, num_epochs=1,
+                 export=False,
                  output_dir=folder / "outputs", data_dir=folder / "data")
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
     launcher = []

@@ -66,6 +66,7 @@ def launch(processes, script, architecture, shared, folder, **changes):
             output_dir=folder,
             data_dir=folder,
             use_mixed_precision=False,
+            export=False,
         )
         | changes
     )

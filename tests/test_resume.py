@@ -123,6 +123,7 @@ def start(script, tmp_path_factory):
                 train_images=60,
                 test_images=20,
                 num_epochs=8,
+                export=False,
                 batch_size=8,
                 gradient_accumulation_steps=2,
                 output_dir=folder,

@@ -296,7 +296,8 @@ def test_a_folder_larger_than_memory_trains_from_a_memory_mapped_file(script, tm
     command = [sys.executable, "-c", LIMITED, str(script.parent),
                f"--dataset={tmp_path / 'images'}", "--image-size=448",
                "--architectures=test_resnet", "--pretrained=none", "--num-epochs=1",
-               "--batch-size=4", "--use-tta=false", f"--data-dir={tmp_path / 'data'}",
+               "--batch-size=4", "--use-tta=false", "--export=false",
+               f"--data-dir={tmp_path / 'data'}",
                f"--output-dir={tmp_path / 'outputs'}"]
 
     def limited(memory_gb: float) -> subprocess.CompletedProcess:

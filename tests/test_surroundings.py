@@ -17,8 +17,8 @@ from test_data import make_folder
 
 import advanced_techniques as at
 
-SMALL = ["--architectures=test_resnet", "--pretrained=none", "--image-size=32", "--num-epochs=1",
-         "--batch-size=8", "--gradient-accumulation-steps=1"]
+SMALL = ["--export=false", "--architectures=test_resnet", "--pretrained=none",
+         "--image-size=32", "--num-epochs=1", "--batch-size=8", "--gradient-accumulation-steps=1"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,265 @@
+"""What is handed over: one program that needs PyTorch alone, and a folder that timm loads."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, in_precision, quick_flags, random_data, run_of
+from PIL import Image
+from test_data import make_folder
+from torch import nn
+
+import advanced_techniques as at
+
+NAMES = ("test_resnet", "test_vit")
+SIZES = [(37, 37), (300, 401), (401, 300), (1, 1), (7, 1000), (1000, 3), (36, 35), (74, 37)]
+
+
+def arguments(folder: Path, output: Path, **changes) -> list[str]:
+    flags = dict(dataset=folder, architectures=",".join(NAMES), pretrained="none", image_size=32,
+                 num_epochs=2, batch_size=16, gradient_accumulation_steps=1, output_dir=output,
+                 data_dir=output.parent / "data", use_mixed_precision=False, export=True) | changes
+    return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_the_program_makes_squares_as_pillow_does(fit, height, width):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    wanted = np.asarray(at.squared(Image.fromarray(pixels), 37, fit))
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    made = at.in_squares(images, 37, fit)[0].permute(1, 2, 0).numpy()
+    # Images far higher than wide are resized down first by some versions of Pillow.
+    assert np.abs(made - wanted).max() <= (1 if height > 10 * width else 0)
+
+
+def test_padding_shows_all_of_an_image_with_grey_around_and_squashing_all_without():
+    white = Image.new("RGB", (80, 40), "white")
+    padded = np.asarray(at.squared(white, 20, "pad"))
+    assert (padded[5:15] == 255).all() and (padded[:5] == 128).all() and (padded[15:] == 128).all()
+    assert (np.asarray(at.squared(white, 20, "squash")) == 255).all()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run on photographs that are no squares, padded: its folder and OUTPUT_DIR."""
+    place = tmp_path_factory.mktemp("run")
+    folder = make_folder(place / "pets", count=20)
+    random = np.random.default_rng(1)
+    for file in folder.rglob("*.png"):
+        image = Image.open(file).resize(tuple(random.integers(20, 90, 2)))
+        image.save(file)
+    at.main(arguments(folder, place / "out", fit="pad"))
+    return folder, place / "out"
+
+
+ALONE = """
+import json, sys
+sys.modules.update(dict.fromkeys(("timm", "torchvision", "advanced_techniques")))  # can't be had
+import numpy as np, torch
+from PIL import Image
+extra = {"classes.json": "", "flags.json": ""}
+program = torch.export.load(sys.argv[1], extra_files=extra).module()
+answers = {}
+for path in sys.argv[2:]:
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
+    probabilities = program(pixels.permute(2, 0, 1)[None])
+    best = int(probabilities[0].argmax())
+    answers[path] = [json.loads(extra["classes.json"])[best], float(probabilities[0, best])]
+three = torch.randint(0, 256, (3, 3, 50, 20), dtype=torch.uint8)
+one_by_one = torch.cat([program(image[None]) for image in three])
+assert torch.allclose(program(three), one_by_one, atol=1e-6)
+for size in ((1, 1), (1, 900), (900, 1), (2000, 2100)):
+    sums = program(torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)).sum()
+    assert abs(float(sums) - 1) < 1e-5
+print(json.dumps([answers, json.loads(extra["flags.json"])]))
+"""
+
+
+def test_the_program_answers_in_a_process_that_has_torch_alone_as_predict_does(trained, capsys):
+    folder, output = trained
+    at.main(["--predict", str(folder), "--output-dir", str(output)])
+    with (output / "predictions.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    paths = [row["path"] for row in rows]
+    ended = subprocess.run([sys.executable, "-c", ALONE, str(output / "ensemble.pt2"), *paths],
+                           capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    answers, flags = json.loads(ended.stdout)
+    for row in rows:
+        name, share = answers[row["path"]]
+        assert name == row["class_1"]
+        assert share == pytest.approx(float(row["probability_1"]), abs=1e-4)
+    assert flags["FIT"] == "pad" and flags["ARCHITECTURES"] == list(NAMES)
+
+
+def test_the_report_tells_what_the_test_images_proved(trained):
+    _, output = trained
+    results = json.loads((output / "results.json").read_text())
+    made = results["export"]
+    assert made["exact"] and made["images"] == results["dataset"]["test_images"]
+    assert made["same_class"] == made["as_reported"] == made["images"]
+    assert made["largest_difference"] < 1e-4 and made["bytes"] > 1000
+    report = (output / "report.txt").read_text()
+    assert report.count("Handing over\n------------") == 1
+    assert "the same class for all" in " ".join(report.split())
+    assert "Diagnosis" in report  # what stood there before is still there
+
+
+TIMM = """
+import sys, timm, torch
+network = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+torch.save((network(torch.load(sys.argv[2])), network.pretrained_cfg), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_timm_loads_each_network_with_its_classes_in_a_fresh_process(name, trained, tmp_path):
+    _, output = trained
+    images = torch.rand(2, 3, 32, 32)
+    torch.save(images, tmp_path / "images.pt")
+    folder = output / "models" / name
+    ended = subprocess.run([sys.executable, "-c", TIMM, str(folder), tmp_path / "images.pt",
+                            tmp_path / "answers.pt"], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    answers, settings = torch.load(tmp_path / "answers.pt", weights_only=False)
+    saved = torch.load(output / "checkpoints" / f"{name}.pt", weights_only=True)
+    flags = at.read_flags(["--image-size", "32"])
+    network = at.new_network(name, 3, flags)
+    network.load_state_dict(saved["state_dict"])
+    torch.testing.assert_close(answers, network.eval()(images))
+    described = json.loads((folder / "config.json").read_text())
+    assert described["label_names"] == ["cat", "dog", "owl"] and described["num_classes"] == 3
+    mean = at.timm.get_pretrained_cfg(name).mean
+    assert tuple(settings["mean"]) == mean and tuple(settings["input_size"]) == (3, 32, 32)
+
+
+def small_job(tmp_path: Path, precision: torch.dtype | None = None, **changes) -> at.Job:
+    """A job with one tested model and its checkpoint, as far as handing over looks at it."""
+    run, data = run_of("test_resnet", OUTPUT_DIR=str(tmp_path), EXPORT=True,
+                       ARCHITECTURES=("test_resnet",), NUM_EPOCHS=1, **changes), random_data()
+    if precision:
+        run = in_precision(run, precision)
+    at.train_model(run, data)
+    answers = at.predict(run, data, "test", at.tta_views(run.flags))
+    tested = at.judge_model(run, data, answers, 1.0)
+    job = at.Job(run.flags, CPU, data, tested=[tested])
+    at.finish(run, data, tested, True)
+    return job
+
+
+def test_a_run_in_sixteen_bits_is_compared_with_its_models_in_fp32(tmp_path, capsys):
+    job = small_job(tmp_path, torch.bfloat16)
+    at.report(job)
+    printed = " ".join(capsys.readouterr().out.split())
+    made = json.loads((tmp_path / "results.json").read_text())["export"]
+    assert not made["exact"] and made["same_class"] == made["images"] == 10
+    assert made["largest_difference"] < 1e-5
+    assert "in FP32 on a CPU" in printed and "This run itself names the same class" in printed
+
+
+def test_a_program_that_answers_otherwise_is_not_praised(tmp_path, capsys, monkeypatch):
+    job = small_job(tmp_path)
+    make = at.HandedOver.forward
+    monkeypatch.setattr(at.HandedOver, "forward", lambda self, images: make(self, images).flip(1))
+    at.report(job)
+    made = json.loads((tmp_path / "results.json").read_text())["export"]
+    assert made["same_class"] < 10 and made["largest_difference"] > 1e-3
+    assert "the same class for all" not in " ".join(capsys.readouterr().out.split())
+
+
+def break_export(monkeypatch, tmp_path):
+    class Branches(nn.Module):
+        def forward(self, images):
+            return images if images.sum() > 0 else -images
+
+    build = at.stored_run
+
+    def with_branch(*arguments):
+        run = build(*arguments)
+        run.network = nn.Sequential(Branches(), run.network)
+        return run
+
+    monkeypatch.setattr(at, "stored_run", with_branch)
+    monkeypatch.setattr(at, "write_model", lambda *arguments: None)
+
+
+def fill_disk(monkeypatch, tmp_path):
+    write = at.write_whole
+
+    def refuse(file, work):
+        if file.name == "ensemble.pt2":
+            at.stop(f"{file} can't be written (No space left on device).")
+        write(file, work)
+
+    monkeypatch.setattr(at, "write_whole", refuse)
+
+
+@pytest.mark.parametrize("trouble", [break_export, fill_disk])
+def test_what_can_not_be_exported_is_said_and_costs_nothing_else(trouble, tmp_path, capsys,
+                                                                monkeypatch):
+    job = small_job(tmp_path)
+    (tmp_path / "ensemble.pt2").write_bytes(b"an older run's")
+    trouble(monkeypatch, tmp_path)
+    at.report(job)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "ensemble.pt2 was not made" in printed and "Traceback" not in printed
+    assert "Written to" in printed and not (tmp_path / "ensemble.pt2").exists()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["export"]["file"] is None and results["models"][0]["test_accuracy"] is not None
+
+
+def test_nothing_is_exported_where_it_is_switched_off_or_the_run_not_finished(tmp_path, capsys):
+    job = small_job(tmp_path)
+    job.flags.EXPORT = False
+    at.report(job)
+    job.flags.EXPORT = True
+    job.flags.ARCHITECTURES = ("test_resnet", "test_vit")  # one is still to come
+    at.report(job)
+    assert not (tmp_path / "ensemble.pt2").exists() and "Handing" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("fit", "least", "most"), [("crop", 0.2, 0.8), ("pad", 0.95, 1.0),
+                                                    ("squash", 0.95, 1.0)])
+def test_what_lies_at_the_edge_of_wide_images_is_seen_unless_it_is_cropped(fit, least, most,
+                                                                          tmp_path):
+    random = np.random.default_rng(0)
+    for label, name in enumerate(("left", "right")):
+        (tmp_path / "marks" / name).mkdir(parents=True)
+        for number in range(40):
+            pixels = random.integers(0, 80, (24, 72, 3), dtype=np.uint8)
+            edge = slice(0, 12) if label == 0 else slice(60, 72)
+            pixels[6:18, edge] = (255, 200, 0)
+            Image.fromarray(pixels).save(tmp_path / "marks" / name / f"{number}.png")
+    at.main(arguments(tmp_path / "marks", tmp_path / "out", fit=fit, architectures="test_resnet",
+                      num_epochs=12, horizontal_flip=False, export=False))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert least <= results["models"][0]["test_accuracy"] <= most
+
+
+def test_a_fit_that_is_none_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        at.read_flags(["--fit", "padd"])
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "FIT = padd" in message and "Did you mean pad?" in message
+
+
+def test_flags_of_a_run_decide_how_predict_makes_squares(trained, monkeypatch):
+    folder, output = trained
+    seen = set()
+    squared = at.squared
+
+    def note(image, side, fit):
+        seen.add(fit)
+        return squared(image, side, fit)
+
+    monkeypatch.setattr(at, "squared", note)
+    at.main(["--predict", str(folder), "--output-dir", str(output)])
+    assert seen == {"pad"}
+    assert at.decode(next(folder.rglob("*.png")), 16).shape == (3, 16, 16) and "crop" in seen
+    assert quick_flags().FIT == "crop"
