@@ -104,6 +104,7 @@ BASE_LEARNING_RATE = 4e-3  # peak rate of the head; earlier layer groups get les
 LAYER_RATE_DECAY = 0.5  # a layer group's rate, as a share of that of the one nearer the head
 WEIGHT_DECAY = 0.05  # decoupled weight decay of AdamW
 LABEL_SMOOTHING = 0.1  # share of the target's probability that is spread over all classes
+BALANCE = False  # train so that rare classes count as much as common ones
 HORIZONTAL_FLIP = True  # mirror images in training and TTA; off for text, digits: left is not right
 FEATURE_VIEWS = 2  # views whose frozen features are kept in a stage; 0: new views each epoch
 COMPILE = False  # torch.compile: faster on a GPU after minutes of compiling; seldom on a CPU
@@ -183,6 +184,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     micro_batch: int  # images in a micro-batch: BATCH_SIZE, or less once memory ran out
+    prior: Tensor  # [classes], what training adds to the logits with BALANCE; else zeros
     epochs: list[dict[str, Any]] = field(default_factory=list)  # what each epoch so far measured
     kept: Kept | None = None  # what the frozen layers answered, for as long as it serves
     memory_before: int | None = None  # bytes that were in use when its training began
@@ -217,7 +219,7 @@ def new_run(name: str, weights: Weights, seed: int, job: Job) -> Run:
                std=torch.tensor(settings.std, device=device),
                precision=precision, precision_why=precision_why,
                optimizer=make_optimizer(groups, flags), scaler=make_scaler(device, precision),
-               micro_batch=flags.BATCH_SIZE)
+               micro_batch=flags.BATCH_SIZE, prior=log_prior(job.data, flags, device))
 
 
 def layer_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -380,7 +382,7 @@ def apply_update(run: Run, network: nn.Module, batches: Iterable[MicroBatch],
         with autocast(run):
             logits = network(inputs)
         # The loss is taken in FP32: FP16's three digits are too few for a sum over classes.
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum",
+        loss = F.cross_entropy(logits.float() + run.prior, labels, reduction="sum",
                                label_smoothing=run.flags.LABEL_SMOOTHING)
         # backward() adds to the gradients that are there. Dividing by the images of the whole
         # update, and not by the number of micro-batches, makes their sum the mean over all these
@@ -4134,6 +4136,20 @@ def final_temperature(results: dict[str, Any]) -> float:
     return answering.get("temperature") or 1.0  # none in the results of an older version
 
 
+def log_prior(data: Data, flags: SimpleNamespace, device: torch.device) -> Tensor:
+    """What BALANCE adds to the logits in training: the logarithm of each class's share, [classes].
+
+    A common class is given a head start that it doesn't have when it counts, so the network has to
+    hold its images apart from rare ones by more (logit adjustment: Menon et al., 2021). Without
+    BALANCE, and where nothing is trained on, zeros.
+    """
+    prior = torch.zeros(len(data.classes))
+    if flags.BALANCE and "train" in data.split:
+        counts = torch.bincount(data.truth("train"), minlength=len(data.classes))
+        prior = (counts / counts.sum()).clamp(min=1e-9).log()
+    return prior.to(device)
+
+
 def by_class(probabilities: Tensor, labels: Tensor, classes: list[str]) -> list[dict[str, Any]]:
     """How well each class is recognised among test images: probabilities [n, classes], labels [n].
 
@@ -5261,6 +5277,7 @@ def diagnose(results: dict[str, Any]) -> list[str]:
     found = [f"{', '.join(models)}: {finding}" for finding, models in names.items()]
     found += diagnose_ensemble(results["ensemble"], results["models"])
     found += diagnose_classes(results["classes"] or [])
+    found += diagnose_balance(results)
     return found
 
 
@@ -5384,6 +5401,20 @@ def diagnose_ensemble(ensemble: dict[str, Any], models: list[dict[str, Any]]) ->
     yield ("The ensemble does not clearly help: the models agree on "
            f"{percent(ensemble['shared_errors'])} of their errors. With USE_ENSEMBLE false, "
            f"{shown_name(best)} alone answers, in less time.")
+
+
+def diagnose_balance(results: dict[str, Any]) -> Iterator[str]:
+    """Are some classes much rarer than others in training, and nothing done for them?"""
+    counts = dict(zip(results["dataset"]["classes"], results["dataset"]["train_images_by_class"],
+                      strict=True))
+    common = max(counts, key=counts.get)
+    rare = min(counts, key=counts.get)
+    if results["flags"]["BALANCE"] or counts[common] <= 3 * counts[rare]:
+        return
+    yield (f"classes differ in size: {counts[common]:,} images to train on of {common}, "
+           f"{counts[rare]:,} of {rare}. So training listens to the common ones. Where the rare "
+           "ones matter as much, try --balance true: they are found more often, at some cost to "
+           "the others; the section Classes shows both.")
 
 
 def diagnose_classes(classes: list[dict[str, Any]]) -> Iterator[str]:

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, quick_flags, random_data
+from conftest import CPU, quick_flags, random_data, run_of
 from test_data import make_folder
+from test_evidence import healthy
 
 import advanced_techniques as at
 
@@ -149,3 +150,54 @@ def test_a_run_on_a_folder_names_files_and_predict_tells_its_accuracy(tmp_path, 
     assert "1 images lie in no such folder" in printed and "Balanced accuracy" in printed
     at.main(["--predict", str(later / "cat"), *output])
     assert "Accuracy" not in capsys.readouterr().out
+
+
+def uneven_data() -> at.Data:
+    """15 images to train on of the first class, 5 of the second, none of the two others."""
+    data = random_data()
+    data.labels[:20] = torch.tensor([0] * 15 + [1] * 5)
+    return data
+
+
+def test_balance_adds_the_logarithm_of_each_class_share_to_the_logits():
+    data = uneven_data()
+    prior = at.log_prior(data, quick_flags(BALANCE=True), CPU)
+    assert prior[:2].exp().tolist() == pytest.approx([0.75, 0.25])
+    assert prior.isfinite().all()
+    assert at.log_prior(data, quick_flags(), CPU).tolist() == [0, 0, 0, 0]
+    assert at.new_run("test_resnet", at.Weights("test_resnet", "", None), 0, at.Job(
+        quick_flags(BALANCE=True), CPU, data)).prior.tolist() == prior.tolist()
+
+
+def test_balance_changes_the_loss_that_is_learned_from_and_nothing_that_is_answered():
+    data = uneven_data()
+    gradients = {}
+    for balance in (False, True):
+        run = run_of("test_resnet", NUM_EPOCHS=1, LABEL_SMOOTHING=0.1)
+        run.prior = at.log_prior(data, quick_flags(BALANCE=balance), CPU)
+        run.network.requires_grad_(True).eval()
+        images, labels = torch.randn(6, 3, 32, 32), torch.tensor([0, 0, 1, 1, 0, 1])
+        wanted = torch.nn.functional.cross_entropy(
+            run.network(images) + run.prior, labels, label_smoothing=0.1)
+        bias = run.network.get_classifier().bias
+        gradients[balance] = torch.autograd.grad(wanted, bias)[0]
+        before = bias.detach().clone()
+        run.optimizer = torch.optim.SGD(run.parameters, lr=0.1)
+        for group in run.optimizer.param_groups:
+            group["layer"] = 0
+        at.apply_update(run, run.network, [(images, labels, True)], 6, [0.1])
+        step = (before - bias.detach()) / 0.1
+        direction = gradients[balance] / gradients[balance].norm()
+        torch.testing.assert_close(step / step.norm(), direction, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(gradients[False], gradients[True], rtol=0.1)
+
+
+@pytest.mark.parametrize(("counts", "balance", "said"), [
+    ([301, 100], False, True), ([300, 100], False, False), ([301, 100], True, False)])
+def test_the_diagnosis_says_what_balance_would_be_for(counts, balance, said):
+    results = healthy()
+    results["dataset"] |= dict(train_images_by_class=counts)
+    results["flags"] = at.FLAGS | dict(BALANCE=balance)
+    findings = " ".join(at.diagnose(results))
+    assert ("--balance true" in findings) == said
+    assert not said or "301 images to train on of cat, 100 of dog" in findings

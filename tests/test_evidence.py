@@ -331,7 +331,7 @@ def healthy() -> dict:
         fp32_peak_bytes=None,
     )
     return dict(
-        dataset=dict(memory_mapped=False),
+        dataset=dict(memory_mapped=False, classes=["cat", "dog"], train_images_by_class=[300, 100]),
         models=models,
         speed=dict(first=speed, second=dict(speed)),
         flags=at.FLAGS,
