@@ -187,6 +187,7 @@ class Run:
     prior: Tensor  # [classes], what training adds to the logits with BALANCE; else zeros
     epochs: list[dict[str, Any]] = field(default_factory=list)  # what each epoch so far measured
     kept: Kept | None = None  # what the frozen layers answered, for as long as it serves
+    pace: dict[int | str, float] = field(default_factory=dict)  # seconds an image, once measured
     memory_before: int | None = None  # bytes that were in use when its training began
     peak_memory: int | None = None  # bytes, of its training
 
@@ -629,9 +630,14 @@ def keep_features(run: Run, data: Data, epoch: int) -> Kept:
     learning = groups_learning(epoch, run)
     if run.kept is None or run.kept.learning != learning:
         run.kept = Kept(learning)  # lets go of the old features
-        if learning < len(run.groups) and run.flags.FEATURE_VIEWS > 0:
+        if features_serve(epoch, run):
             run.kept.border, run.kept.tail = cut_network(run, data)
     return run.kept
+
+
+def features_serve(epoch: int, run: Run) -> bool:
+    """Whether features are kept in an epoch, if the network can be cut and memory holds them."""
+    return groups_learning(epoch, run) < len(run.groups) and run.flags.FEATURE_VIEWS > 0
 
 
 @torch.no_grad()
@@ -773,6 +779,7 @@ def epoch_line(run: Run, data: Data) -> str:
     """The printed line of the last epoch."""
     entry = run.epochs[-1]
     learning = groups_learning(entry["epoch"] - 1, run)
+    names = ", ".join(list(run.groups)[: min(learning, STAGES)])
     speed = f"{len(data.split['train']) / entry['seconds']:5.0f} images/s"
     if entry["kept_features"]:
         speed = "kept features "
@@ -780,7 +787,7 @@ def epoch_line(run: Run, data: Data) -> str:
             f"train loss {entry['train_loss']:.3f} accuracy {entry['train_accuracy']:6.1%}   "
             f"validation loss {entry['validation_loss']:.3f} "
             f"accuracy {entry['validation_accuracy']:6.1%}   {speed}   "
-            f"learning: {', '.join(list(run.groups)[: min(learning, STAGES)])}")
+            f"learning: {names}{time_left(run, data)}")
 
 
 # ==== 10. Augmentation: a whole micro-batch at once on the device, each image in its own way ======
@@ -1156,7 +1163,18 @@ def save_checkpoint(run: Run, data: Data) -> None:
 
 
 def resume(run: Run, data: Data) -> Tested | None:
-    """With RESUME: return a finished model, or put an unfinished run back to where it was."""
+    """With RESUME: return a finished model, or put an unfinished run back to where it was.
+
+    What is left to do is timed, and how long it will take is said.
+    """
+    finished = take_up(run, data)
+    if not finished:
+        say_time_to_come(run, data)
+    return finished
+
+
+def take_up(run: Run, data: Data) -> Tested | None:
+    """A finished model; or None, and an unfinished run is put back to where it was."""
     file = checkpoint_file(run)
     if not run.flags.RESUME:
         if file.is_file():
@@ -4493,6 +4511,103 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter() - started
+
+
+def say_time_to_come(run: Run, data: Data) -> None:
+    """Say how long this model will take, and the run, if the models after it take as long."""
+    if run.flags.COMPILE:  # each stage's first update takes minutes, which no short trial tells
+        return
+    run.pace = measure_pace(run, data)
+    seconds = seconds_to_come(run, data)
+    said = f"  About {duration(seconds)} for {run.name}"
+    names = model_names(run.flags.ARCHITECTURES)
+    after = len(names) - 1 - names.index(run.name) if run.name in names else 0
+    if after:
+        models = "model after it takes" if after == 1 else f"{after} models after it take"
+        said += f"; about {duration(seconds * (1 + after))} in all if the {models} as long"
+    say(f"{said}.")
+
+
+def measure_pace(run: Run, data: Data) -> dict[int | str, float]:
+    """Seconds an image takes: to be learned from in each stage, and to be given an "answer".
+
+    A micro-batch is tried in each way. The weights stay, and BatchNorm's statistics are put back.
+    """
+    chosen = data.split["train"][: run.micro_batch]
+    part = deal_out(run, dataclasses.replace(data, split={"train": chosen}), 0)[0]
+    kept = {name: values.clone() for name, values in run.network.named_buffers()}
+
+    def learn() -> None:
+        for inputs, labels, _ in micro_batches(run, data, part):
+            with autocast(run):
+                logits = run.network(inputs)
+            F.cross_entropy(logits.float(), labels).backward()
+
+    def answer() -> None:
+        few = dataclasses.replace(data, split={"train": part.chosen})
+        predict(run, few, "train", VIEWS[:1])
+
+    pace: dict[int | str, float] = {}
+    for stage in range(STAGES if run.gradual else 1):
+        unfreeze(run, stage + 1 if run.gradual else len(run.groups))
+        within_memory(learn, run)  # to warm up
+        pace[stage] = seconds_of(learn, run.device) / len(part.chosen)
+    answer()
+    pace["answer"] = seconds_of(answer, run.device) / len(part.chosen)
+    run.optimizer.zero_grad(set_to_none=True)
+    for name, values in run.network.named_buffers():
+        values.copy_(kept[name])
+    return pace
+
+
+def seconds_to_come(run: Run, data: Data) -> float:
+    """How long a model's remaining epochs, its test and its timing will take, by its pace.
+
+    As far as epochs are behind it, the pace is corrected by how long these really took.
+    """
+    expected = [epoch_seconds(epoch, run, data) for epoch in range(run.flags.NUM_EPOCHS)]
+    spent = sum(entry["seconds"] for entry in run.epochs)
+    done = len(run.epochs)
+    correction = spent / sum(expected[:done]) if done else 1.0
+    views = len(tta_views(run.flags))
+    tested = views * (len(data.split["test"]) + len(data.split["validation"]))
+    timed = 8 * run.flags.BATCH_SIZE * run.flags.GRADIENT_ACCUMULATION_STEPS  # measure_speed
+    last = max(stage for stage in run.pace if stage != "answer")
+    after = tested / PROCESSES * run.pace["answer"] + timed / PROCESSES * run.pace[last]
+    return correction * (sum(expected[done:]) + after)
+
+
+def epoch_seconds(epoch: int, run: Run, data: Data) -> float:
+    """How long an epoch takes, by the pace: with its validation, and with what kept features save.
+    """
+    learn = run.pace[stage_of(epoch, run)]
+    answer = run.pace["answer"]
+    turn = epoch - stage_epochs(epoch, run)[0]
+    validation = answer * len(data.split["validation"])
+    if features_serve(epoch, run):
+        learn -= answer
+        if turn < run.flags.FEATURE_VIEWS:
+            learn += answer
+        if turn > 0:
+            validation = 0.0
+    return (max(0.0, learn) * len(data.split["train"]) + validation) / PROCESSES
+
+
+def time_left(run: Run, data: Data) -> str:
+    """How long a model still takes, for the end of an epoch's line; nothing if it wasn't timed."""
+    left = run.flags.NUM_EPOCHS - len(run.epochs)
+    if not run.pace or not left:
+        return ""
+    return f"   {duration(seconds_to_come(run, data))} to go"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def measure_update(run: Run, data: Data, precision: torch.dtype | None,

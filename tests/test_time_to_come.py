@@ -1,0 +1,106 @@
+"""How long a run will take is said before it does, from what was measured."""
+
+import re
+
+import pytest
+import torch
+from conftest import CPU, quick_flags, random_data, run_of
+
+import advanced_techniques as at
+
+PACE = {0: 0.011, 1: 0.02, 2: 0.03, 3: 0.04, "answer": 0.01}  # seconds an image
+
+
+def timed(done: int = 0, slower: float = 1.0, **changes) -> tuple[at.Run, at.Data]:
+    """A run of 20 epochs with some behind it, which took so many times what the pace says."""
+    run, data = run_of("test_resnet", NUM_EPOCHS=20, **changes), random_data()
+    run.pace = dict(PACE)
+    for epoch in range(done):
+        run.epochs.append(dict(seconds=slower * at.epoch_seconds(epoch, run, data)))
+    return run, data  # 20 images to train on, 10 to validate, 10 to test
+
+
+def test_an_epoch_takes_its_stage_s_pace_and_validation():
+    run, data = timed(FEATURE_VIEWS=0)
+    for epoch, stage in ((0, 0), (5, 1), (10, 2), (19, 3)):
+        assert at.epoch_seconds(epoch, run, data) == pytest.approx(20 * PACE[stage] + 10 * 0.01)
+
+
+def test_kept_features_are_made_once():
+    run, data = timed(FEATURE_VIEWS=2)
+    first, second, third = (at.epoch_seconds(epoch, run, data) for epoch in (0, 1, 2))
+    assert first == pytest.approx(20 * 0.011 + 10 * 0.01)  # the view, and the validation images
+    assert second == pytest.approx(20 * 0.011)
+    assert third == pytest.approx(20 * 0.001)
+
+
+def test_what_is_to_come_shrinks_and_follows_how_long_it_really_took():
+    run, data = timed()
+    whole = at.seconds_to_come(run, data)
+    run, data = timed(done=5)
+    rest = at.seconds_to_come(run, data)
+    assert rest == pytest.approx(whole - sum(at.epoch_seconds(e, run, data) for e in range(5)))
+    run, data = timed(done=5, slower=3.0)
+    assert at.seconds_to_come(run, data) == pytest.approx(3 * rest)
+
+
+def test_the_trial_leaves_the_network_as_it_was():
+    run, data = run_of("test_resnet", NUM_EPOCHS=20), random_data()
+    before = {name: values.clone() for name, values in run.network.state_dict().items()}
+    pace = at.measure_pace(run, data)
+    assert set(pace) == {0, 1, 2, 3, "answer"} and min(pace.values()) > 0
+    for name, values in run.network.state_dict().items():
+        assert torch.equal(values, before[name]), name
+    assert all(parameter.grad is None for parameter in run.network.parameters())
+    whole = run_of("test_resnet", NUM_EPOCHS=20, GRADUAL_UNFREEZING=False)
+    assert set(at.measure_pace(whole, data)) == {0, "answer"}
+
+
+def test_training_is_the_same_with_the_trial_and_without():
+    data = random_data()
+    runs = [run_of("test_resnet", NUM_EPOCHS=4) for _ in range(2)]
+    at.say_time_to_come(runs[0], data)
+    for run in runs:
+        at.train_epoch(run, data, 3)
+    for left, right in zip(runs[0].network.state_dict().values(),
+                           runs[1].network.state_dict().values(), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(("place", "said"), [
+    (0, "in all if the 2 models after it take as long"),
+    (1, "in all if the model after it takes as long"), (2, "test_resnet_3.")])
+def test_the_run_is_estimated_from_the_models_to_come(place, said, capsys, monkeypatch):
+    run, data = timed(ARCHITECTURES=("test_resnet",) * 3)
+    run.name = f"test_resnet_{place + 1}"
+    monkeypatch.setattr(at, "measure_pace", lambda run, data: dict(PACE))
+    at.say_time_to_come(run, data)
+    printed = capsys.readouterr().out
+    assert said in printed and f"About {at.duration(at.seconds_to_come(run, data))} for" in printed
+
+
+def test_a_whole_training_says_how_long_before_and_after_each_epoch_but_the_last(capsys, tmp_path):
+    data = random_data()
+    flags = quick_flags(ARCHITECTURES=("test_resnet",), PRETRAINED="none", NUM_EPOCHS=3,
+                        OUTPUT_DIR=str(tmp_path), USE_MIXED_PRECISION=False)
+    job = at.Job(flags, CPU, data)
+    run = at.new_run("test_resnet", at.Weights("test_resnet", "random", None), 0, job)
+    at.train_and_test(run, data)
+    printed = capsys.readouterr().out
+    assert re.search(r"About \d+ s for test_resnet\.", printed)
+    assert [line.endswith("to go") for line in printed.splitlines() if "  epoch " in line] == [
+        True, True, False]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.2, "1 s"), (89, "89 s"), (100, "2 min"),
+                                               (3600, "60 min"), (9000, "2.5 h")])
+def test_times_are_said_in_the_unit_that_suits_them(seconds, said):
+    assert at.duration(seconds) == said
+
+
+def test_nothing_is_promised_where_compiling_takes_the_time(capsys):
+    run, data = timed(COMPILE=False)
+    run.flags.COMPILE = True
+    run.pace = {}
+    at.say_time_to_come(run, data)
+    assert capsys.readouterr().out == "" and at.time_left(run, data) == ""
