@@ -5,9 +5,8 @@
     python advanced_techniques.py --predict path/to/images   # use what was trained
     python advanced_techniques.py --help                     # every flag
 
-Measured with EfficientNet-Lite0 on Fashion-MNIST, two CPU cores, three seeds: 88.4 % of the test
-images are right; the textbook loop's final validation accuracy takes 0.14 of its time, the whole
-schedule 0.34 (tests/benchmark.py). Not measured yet: what takes a GPU. README.md tells the rest.
+What was measured, with which command, stands in README.md; not measured yet: what takes a GPU.
+MEASURED
 
 A map of this file. To learn, read to the end of part 8; the rest keeps your run alive.
 
@@ -71,12 +70,10 @@ from huggingface_hub import constants as hub
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image, ImageOps, UnidentifiedImageError
-from timm.models import group_parameters
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 # ==== 1. Flags: edit them here, or override one for a single run with --its-name VALUE ============
@@ -2139,7 +2136,7 @@ def obtain(name: str, folder: Path) -> tuple[str, str]:
         return "was found on this machine", ""
     how = f"was unpacked in {folder}/"
     for url, file, md5 in archives(name, folder):
-        if not check_integrity(file, md5):
+        if not torchvision.datasets.utils.check_integrity(file, md5):
             trouble = fetch_archive(url, file, md5)
             if trouble:
                 return "", trouble
@@ -2178,7 +2175,7 @@ def fetch_archive(url: str, file: Path, md5: str) -> str:
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
             wait_for(lambda: copy_from(url, part), file.name, STALL_SECONDS, arrived, size)
-            if check_integrity(part, md5):
+            if torchvision.datasets.utils.check_integrity(part, md5):
                 part.replace(file)
                 return ""
         except TimeoutError as error:
@@ -3890,7 +3887,8 @@ def backbone_blocks(network: nn.Module) -> list[list[str]]:
     parameters = dict(network.named_parameters())
     in_head = {id(parameter) for parameter in network.get_classifier().parameters()}
     blocks: list[list[str]] = []
-    for _, names in sorted(group_parameters(network, network.group_matcher(coarse=True)).items()):
+    matcher = network.group_matcher(coarse=True)
+    for _, names in sorted(timm.models.group_parameters(network, matcher).items()):
         own = [name for name in names if id(parameters[name]) not in in_head]
         if len(own) == len(names) or not blocks:
             blocks.append([])
@@ -4665,8 +4663,16 @@ def measure_speed(run: Run, data: Data) -> dict[str, Any]:
     return dict(images_per_second_by_stage=by_stage, images_per_second_all_layers=all_layers,
                 freezing_saves=freezing_saves,
                 fp32_images_per_second=fp32, fp32_peak_bytes=fp32_memory,
+                without_mixed=plain_precision(run.device),
                 mixed_images_per_second=mixed, mixed_peak_bytes=mixed_memory,
                 double_batch_images_per_second=doubled)
+
+
+def plain_precision(device: torch.device) -> str:
+    """What products of FP32 matrices are computed in: TF32 on NVIDIA's GPUs from Ampere on."""
+    if device.type != "cuda" or not torch.version.cuda:
+        return "FP32"
+    return "TF32" if torch.cuda.get_device_capability(device) >= (8, 0) else "FP32"
 
 
 def measure_architecture(run: Run, data: Data) -> dict[str, Any]:
@@ -5313,7 +5319,8 @@ def speed_lines(model: dict[str, Any], speed: dict[str, Any]) -> list[str]:
     mixed = speed["mixed_images_per_second"]
     fp32 = speed["fp32_images_per_second"]
     if mixed and fp32:
-        comparison.append(f"All layers: {mixed:.0f} images/s, and in FP32 {fp32:.0f}.")
+        plain = speed["without_mixed"]
+        comparison.append(f"All layers: {mixed:.0f} images/s, and in {plain} {fp32:.0f}.")
     mixed_bytes = speed["mixed_peak_bytes"]
     fp32_bytes = speed["fp32_peak_bytes"]
     if mixed_bytes and fp32_bytes:

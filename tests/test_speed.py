@@ -152,6 +152,21 @@ def test_the_head_only_stage_runs_on_the_meta_device(allow_meta, monkeypatch):
         at.apply_update(run, at.learning_part(run), batches, part.images, [0.1] * 6)
 
 
+@pytest.mark.parametrize(("device", "capability", "cuda", "name"), [
+    ("cpu", None, "13.0", "FP32"), ("cuda", (7, 0), "13.0", "FP32"),
+    ("cuda", (8, 0), "13.0", "TF32"), ("cuda", (9, 4), None, "FP32")])  # the last is AMD's
+def test_tf32_is_not_called_fp32(device, capability, cuda, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert at.plain_precision(torch.device(device)) == name
+    speed = dict(images_per_second_by_stage={"1": 1.0}, images_per_second_all_layers=2.0,
+                 freezing_saves=None, mixed_images_per_second=2.0, fp32_images_per_second=1.0,
+                 mixed_peak_bytes=None, fp32_peak_bytes=None, without_mixed=name)
+    model = dict(name="m", architecture="m", stands_in_for=None, epochs=[], tta_accuracy=None,
+                 precision_why="FP16.")
+    assert f"and in {name} 1." in " ".join(at.speed_lines(model, speed))
+
+
 def test_operations_are_those_of_the_paper_and_the_learning_part_follows_what_learns():
     run = run_of("resnet18", classes=1000, IMAGE_SIZE=224)
     at.unfreeze(run, 1)
