@@ -5,8 +5,8 @@
     python advanced_techniques.py --predict path/to/images   # use what was trained
     python advanced_techniques.py --help                     # every flag
 
-What was measured, with which command, stands in README.md; not measured yet: what takes a GPU.
-MEASURED
+What each technique is worth was measured: README.md has the figures, and the commands that give
+them. Not measured yet is what takes a GPU.
 
 A map of this file. To learn, read to the end of part 8; the rest keeps your run alive.
 
