@@ -1105,6 +1105,7 @@ class Tested:
     averaged: Tensor | None = None  # the same, averaged over the views of test-time augmentation
     speed: dict[str, Any] | None = None  # its section of the speed report
     validation: Tensor | None = None  # as averaged, of the validation images; for temperatures
+    belief: Tensor | None = None  # [n], the probability of each training image's own label
     architecture: dict[str, Any] | None = None  # size and speed of the one that was asked for
 
 
@@ -1228,6 +1229,8 @@ def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
     if keep:
         tested.validation = soft_vote(predict(run, data, "validation", tta_views(run.flags)))
         tested.entry |= calibrate(tested.validation, tested.averaged, data)
+        learned = predict(run, data, "train", VIEWS[:1])[0]
+        tested.belief = learned.gather(1, data.truth("train")[:, None])[:, 0]
         kept = copy.deepcopy(checkpoint(run, data))
     try:
         if keep:
@@ -4569,6 +4572,7 @@ def seconds_to_come(run: Run, data: Data) -> float:
     correction = spent / sum(expected[:done]) if done else 1.0
     views = len(tta_views(run.flags))
     tested = views * (len(data.split["test"]) + len(data.split["validation"]))
+    tested += len(data.split["train"])
     timed = 8 * run.flags.BATCH_SIZE * run.flags.GRADIENT_ACCUMULATION_STEPS  # measure_speed
     last = max(stage for stage in run.pace if stage != "answer")
     after = tested / PROCESSES * run.pace["answer"] + timed / PROCESSES * run.pace[last]
@@ -4736,15 +4740,18 @@ def report(job: Job) -> None:
         job.notices.append(notice)
     write_report(results, job.notices, folder)
     write_test_predictions(job, results)
+    write_train_labels(job)
     with matplotlib.rc_context({"font.family": families}):
         figures = draw_plots(job, results)
         written = [drawn(name, save_plot, figure, folder / f"{name}.png")
                    for name, figure in figures.items()]
     if figures:
         say(f"Written to {folder}/: report.txt, results.json, test_predictions.csv, "
-            f"{written.count(True)} plots, and the models in checkpoints/.")
-    if job.flags.EXPORT and all_finished(job) and RANK == 0:
-        hand_over(job, results)
+            f"train_labels.csv, {written.count(True)} plots, and the models in checkpoints/.")
+    if RANK == 0:
+        (folder / "ensemble.pt2").unlink(missing_ok=True)  # an older run's must not stay
+        if job.flags.EXPORT and all_finished(job):
+            hand_over(job, results)
 
 
 def collect_results(job: Job) -> dict[str, Any]:
@@ -4803,6 +4810,29 @@ def write_test_predictions(job: Job, results: dict[str, Any]) -> None:
             f"{confidence[place]:.4f}",
         ])
     write_text(Path(job.flags.OUTPUT_DIR, "test_predictions.csv"), table.getvalue())
+
+
+MOST_LABELS = 10_000  # lines of train_labels.csv at most
+
+
+def write_train_labels(job: Job) -> None:
+    """Write train_labels.csv: the training images whose label the models believe least, first.
+
+    A model that has learned an image and still doubts its label often has a wrong label before it.
+    """
+    beliefs = [tested.belief for tested in finished_models(job) if tested.belief is not None]
+    if not beliefs:
+        return
+    data = job.data
+    belief = torch.stack(beliefs).mean(0)
+    labels = data.truth("train")
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["image", "class", "belief"])
+    for place in belief.argsort(stable=True)[:MOST_LABELS].tolist():
+        writer.writerow([image_name(data, int(data.split["train"][place])),
+                         data.classes[int(labels[place])], f"{belief[place]:.4f}"])
+    write_text(Path(job.flags.OUTPUT_DIR, "train_labels.csv"), table.getvalue())
 
 
 def image_name(data: Data, index: int) -> str:
@@ -6127,7 +6157,7 @@ def hand_over(job: Job, results: dict[str, Any]) -> None:
             warnings.simplefilter("ignore")  # of tensors on other devices: all are on the CPU
             results["export"] = export_program(job, results, list(runs.values()))
     except (Exception, SystemExit) as error:  # torch.export, a full disk, what timm can't describe
-        (folder / "ensemble.pt2").unlink(missing_ok=True)  # an older run's must not stay
+        (folder / "ensemble.pt2").unlink(missing_ok=True)  # what wasn't tried isn't handed over
         why = getattr(error, "__notes__", [reason(error)[:200]])
         results["export"] = dict(file=None, why=f"{type(error).__name__}: {why[0]}")
     lines = section("Handing over", handing_over_lines(results))

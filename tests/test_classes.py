@@ -117,6 +117,32 @@ def test_the_most_confidently_wrong_test_images_stand_first(tmp_path):
         tempered[[2, 1, 0, 3]].tolist(), abs=1e-4)
 
 
+def test_the_labels_that_all_models_doubt_stand_first(tmp_path):
+    data = random_data()
+    job = job_with(data, answers([0] * 10, 4), tmp_path)
+    job.tested = [job.tested[0], at.Tested(dict(job.tested[0].entry), *[answers([0] * 10, 4)] * 2)]
+    job.tested[0].belief = torch.linspace(0.5, 0.99, 20)
+    job.tested[1].belief = torch.full((20,), 0.9)
+    job.tested[1].belief[7] = 0.05
+    at.write_train_labels(job)
+    with (tmp_path / "train_labels.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    mean = (job.tested[0].belief + job.tested[1].belief) / 2
+    assert [int(row["image"]) for row in rows] == mean.argsort().tolist()
+    assert rows[0]["image"] == "7" and float(rows[0]["belief"]) == pytest.approx(float(mean[7]), abs=1e-4)
+    assert rows[0]["class"] == data.classes[int(data.labels[7])]
+
+
+def test_belief_is_the_probability_of_each_training_image_s_own_label(tmp_path):
+    run, data = run_of("test_resnet", NUM_EPOCHS=1, OUTPUT_DIR=str(tmp_path)), random_data()
+    at.train_model(run, data)
+    learned = at.predict(run, data, "train", at.VIEWS[:1])[0]
+    tested = at.judge_model(run, data, at.predict(run, data, "test", at.VIEWS[:1]), 1.0)
+    at.finish(run, data, tested, True)
+    wanted = [learned[place, label] for place, label in enumerate(data.labels[:20])]
+    assert tested.belief.tolist() == pytest.approx([float(share) for share in wanted], abs=1e-6)
+
+
 def test_a_run_on_a_folder_names_files_and_predict_tells_its_accuracy(tmp_path, capsys):
     folder = make_folder(tmp_path / "pets", count=30)
     output = ["--output-dir", str(tmp_path / "out"), "--data-dir", str(tmp_path / "data")]

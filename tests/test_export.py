@@ -216,6 +216,7 @@ def test_what_can_not_be_exported_is_said_and_costs_nothing_else(trouble, tmp_pa
 
 def test_nothing_is_exported_where_it_is_switched_off_or_the_run_not_finished(tmp_path, capsys):
     job = small_job(tmp_path)
+    (tmp_path / "ensemble.pt2").write_bytes(b"an older run's")
     job.flags.EXPORT = False
     at.report(job)
     job.flags.EXPORT = True
