@@ -129,7 +129,8 @@ def test_the_labels_that_all_models_doubt_stand_first(tmp_path):
         rows = list(csv.DictReader(stream))
     mean = (job.tested[0].belief + job.tested[1].belief) / 2
     assert [int(row["image"]) for row in rows] == mean.argsort().tolist()
-    assert rows[0]["image"] == "7" and float(rows[0]["belief"]) == pytest.approx(float(mean[7]), abs=1e-4)
+    assert rows[0]["image"] == "7"
+    assert float(rows[0]["belief"]) == pytest.approx(float(mean[7]), abs=1e-4)
     assert rows[0]["class"] == data.classes[int(data.labels[7])]
 
 
