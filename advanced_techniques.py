@@ -296,8 +296,8 @@ def learning_rate(update: int, layer: int, updates_per_epoch: int, run: Run) -> 
     decay = flags.LAYER_RATE_DECAY if run.weights.trained else 1.0
     peak = flags.BASE_LEARNING_RATE * decay ** min(layer, STAGES)
 
-    # 2. Each unfreezing stage is a cycle of its own (Loshchilov and Hutter, 2017): a group that
-    #    begins to learn needs a high rate, and gets it by the restart.
+    # 2. A stage, or the run where there is none, is a cycle (Loshchilov and Hutter, 2017): a group
+    #    that begins to learn needs a high rate, and the restart gives it. Warm: the weights stay.
     epochs = stage_epochs(update // updates_per_epoch, run)
     position = update - epochs[0] * updates_per_epoch
     length = len(epochs) * updates_per_epoch
@@ -416,8 +416,8 @@ def train_epoch(run: Run, data: Data, epoch: int) -> dict[str, Any]:
     started = time.perf_counter()
     waited = data.waited
 
-    # 1. Everything that changes from epoch to epoch follows from its number: the generator of
-    #    dropout, what learns, and the plan. So an interrupted run resumes with the same numbers.
+    # 1. What changes from epoch to epoch follows from its number, so that a run can be resumed:
+    #    dropout's generator, what learns, then the plan, which keeps what frozen layers answer.
     torch.manual_seed(run.seed * 100_003 + epoch)
     unfreeze(run, groups_learning(epoch, run))
     plan = plan_epoch(run, data, epoch)  # for each update: which images, and how each is shown
@@ -484,7 +484,7 @@ def tta_views(flags: SimpleNamespace) -> list[dict[str, Any]]:
 
 
 def predict(run: Run, data: Data, role: str, views: list[dict[str, Any]]) -> Tensor:
-    """Probabilities of a role's images: float32 [views, n, classes] on the CPU, in their order."""
+    """A role's probabilities, float32 [views, n, classes]: judge_model() lets the views vote."""
     return answer_views(run, data, role, views, run.network).softmax(-1).cpu()
 
 

@@ -89,7 +89,8 @@ def tiny_run(**changes) -> at.Run:
     return at.Run("tiny", at.Weights("tiny", "test", None), network, groups, 0, flags, CPU,
                   mean=torch.tensor([0.4, 0.5, 0.6]), std=torch.tensor([0.2, 0.25, 0.3]),
                   precision=None, precision_why="", optimizer=at.make_optimizer(groups, flags),
-                  scaler=at.make_scaler(CPU, None), micro_batch=flags.BATCH_SIZE)
+                  scaler=at.make_scaler(CPU, None), micro_batch=flags.BATCH_SIZE,
+                  prior=torch.zeros(4))
 
 
 @pytest.fixture
