@@ -103,7 +103,7 @@ WEIGHT_DECAY = 0.05  # decoupled weight decay of AdamW
 LABEL_SMOOTHING = 0.1  # share of the target's probability that is spread over all classes
 BALANCE = False  # train so that rare classes count as much as common ones
 HORIZONTAL_FLIP = True  # mirror images in training and TTA; off for text, digits: left is not right
-FEATURE_VIEWS = 2  # views whose frozen features are kept in a stage; 0: new views each epoch
+FEATURE_VIEWS = 2  # views whose frozen features the head learns from; 0: new ones each epoch
 COMPILE = False  # torch.compile: faster on a GPU after minutes of compiling; seldom on a CPU
 SEED = 0  # same flags, same seed, same numbers on a CPU
 
@@ -560,14 +560,14 @@ def plan_epoch(run: Run, data: Data, epoch: int) -> list[Part]:
     """The epoch's updates, ready to train on.
 
     Frozen layers answer the same view of an image with the same features, so their forward pass
-    need not be repeated: the features of FEATURE_VIEWS views are kept and take turns, as long as
-    the same layer groups learn. With a single view the layers behind would learn it by heart.
+    need not be repeated: the features of some views are kept and take turns, as long as the same
+    layer groups learn. With a single view the layers behind would learn it by heart.
     """
     kept = keep_features(run, data, epoch)
     if kept.tail is None:
         return deal_out(run, data, epoch)
     start = stage_epochs(epoch, run)[0]
-    view = start + (epoch - start) % run.flags.FEATURE_VIEWS
+    view = start + (epoch - start) % views_to_keep(epoch, run)
     plan = deal_out(run, data, view)
     if view not in kept.features:
         kept.features[view] = frozen_features(run, data, plan)
@@ -628,7 +628,7 @@ def keep_features(run: Run, data: Data, epoch: int) -> Kept:
     if run.kept is None or run.kept.learning != learning:
         run.kept = Kept(learning)  # lets go of the old features
         if features_serve(epoch, run):
-            run.kept.border, run.kept.tail = cut_network(run, data)
+            run.kept.border, run.kept.tail = cut_network(run, data, views_to_keep(epoch, run))
     return run.kept
 
 
@@ -637,8 +637,19 @@ def features_serve(epoch: int, run: Run) -> bool:
     return groups_learning(epoch, run) < len(run.groups) and run.flags.FEATURE_VIEWS > 0
 
 
+def views_to_keep(epoch: int, run: Run) -> int:
+    """How many views of each image take turns in an epoch's stage: FEATURE_VIEWS for the head.
+
+    Layers behind it can learn images by heart, so each view serves them twice at most.
+    """
+    if groups_learning(epoch, run) == 1:
+        return run.flags.FEATURE_VIEWS
+    return max(run.flags.FEATURE_VIEWS, math.ceil(len(stage_epochs(epoch, run)) / 2))
+
+
 @torch.no_grad()
-def cut_network(run: Run, data: Data) -> tuple[nn.Module | None, nn.Module | None]:
+def cut_network(run: Run, data: Data,
+                views: int) -> tuple[nn.Module | None, nn.Module | None]:
     """The first module that learns, and the network from there on, which takes its input.
 
     None where a network can't be cut there, or MEMORY_GB doesn't hold the features. The rest has
@@ -654,7 +665,7 @@ def cut_network(run: Run, data: Data) -> tuple[nn.Module | None, nn.Module | Non
             for tail in (border, without(run.network, done)):
                 answers = torch.stack([tail(features), tail(features)])
                 if answers.shape[1:] == whole.shape and same_answers(answers, whole):
-                    return (border, tail) if fits(features, run, data) else (None, None)
+                    return (border, tail) if fits(features, views, run, data) else (None, None)
     except Exception:  # timm's networks differ: what can't be cut raises nearly anything
         pass
     return None, None
@@ -666,9 +677,9 @@ def same_answers(answers: Tensor, whole: Tensor) -> bool:
     return bool(apart <= 1e-3 * whole.float().abs().max())
 
 
-def fits(features: Tensor, run: Run, data: Data) -> bool:
+def fits(features: Tensor, views: int, run: Run, data: Data) -> bool:
     """Whether MEMORY_GB holds such features [2, ...] of all views, and of the validation images."""
-    images = run.flags.FEATURE_VIEWS * len(data.split["train"]) + len(data.split["validation"])
+    images = views * len(data.split["train"]) + len(data.split["validation"])
     return features[0].nbytes * images <= run.flags.MEMORY_GB * 1e9
 
 
@@ -4588,7 +4599,7 @@ def epoch_seconds(epoch: int, run: Run, data: Data) -> float:
     validation = answer * len(data.split["validation"])
     if features_serve(epoch, run):
         learn -= answer
-        if turn < run.flags.FEATURE_VIEWS:
+        if turn < views_to_keep(epoch, run):
             learn += answer
         if turn > 0:
             validation = 0.0

@@ -216,7 +216,7 @@ def peak_share(run: at.Run, epochs: list[dict[str, Any]], images: int) -> float:
     forward, trained = flops_per_image(run)
     passes = len(epochs)  # through the frozen layers
     if epochs[0]["kept_features"]:
-        passes = min(passes, run.flags.FEATURE_VIEWS)
+        passes = min(passes, at.views_to_keep(first, run))
     operations = images * (passes * (forward - trained) + len(epochs) * 3 * trained)
     spent = sum(entry["seconds"] for entry in epochs)
     return operations / spent / matrix_product_peak(run.device, run.precision)

@@ -64,7 +64,7 @@ def test_what_does_not_answer_as_the_whole_twice_is_not_used(network, cut):
     run.network = network
     network.requires_grad_(False)
     network.head.requires_grad_(True)
-    assert (at.cut_network(run, data)[1] is not None) == cut
+    assert (at.cut_network(run, data, 2)[1] is not None) == cut
 
 
 @pytest.mark.parametrize(("architecture", "size"), [

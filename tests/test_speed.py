@@ -80,11 +80,12 @@ def test_kept_views_train_like_the_images_themselves(architecture, stage):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_the_frozen_layers_see_each_kept_view_and_each_validation_image_once(stage):
+@pytest.mark.parametrize(("stage", "passes"), [(0, [20, 20, 0, 0, 0]), (2, [20, 20, 20, 0, 0])])
+def test_the_frozen_layers_see_each_kept_view_and_each_validation_image_once(stage, passes):
     data = random_data()  # 20 images to train on, 10 to validate; 2 are tried twice before
     epochs = range(5 * stage, 5 * stage + 5)
-    assert train("resnet18", epochs, data, FEATURE_VIEWS=2)[1] == [4 + 20 + 10, 20, 0, 0, 0]
+    passes[0] += 4 + 10
+    assert train("resnet18", epochs, data, FEATURE_VIEWS=2)[1] == passes
     assert train("resnet18", epochs, data, FEATURE_VIEWS=0)[1] == [30] * 5
 
 
@@ -100,6 +101,14 @@ def test_views_take_turns_and_the_kept_ones_go_when_more_layers_learn():
     assert run.kept.features[5].shape == (20, 256, 2, 2)
     at.train_epoch(run, data, 8)
     assert set(run.kept.features) == {5, 5 + 3 % 3}
+
+
+@pytest.mark.parametrize(("epochs", "views"), [(4, [2, 2]), (20, [2, 3]), (100, [2, 13])])
+def test_once_more_than_the_head_learns_a_view_serves_twice_at_most(epochs, views):
+    run = run_of("test_resnet", NUM_EPOCHS=epochs, FEATURE_VIEWS=2)
+    assert [at.views_to_keep(0, run), at.views_to_keep(epochs // 2, run)] == views
+    run.flags.FEATURE_VIEWS = 40
+    assert at.views_to_keep(epochs // 2, run) == 40
 
 
 @pytest.mark.parametrize("stage", [0, 1])
