@@ -186,10 +186,10 @@ def uneven_data() -> at.Data:
     return data
 
 
-def test_balance_adds_the_logarithm_of_each_class_share_to_the_logits():
+def test_balance_adds_half_the_logarithm_of_each_class_share_to_the_logits():
     data = uneven_data()
     prior = at.log_prior(data, quick_flags(BALANCE=True), CPU)
-    assert prior[:2].exp().tolist() == pytest.approx([0.75, 0.25])
+    assert prior[:2].exp().square().tolist() == pytest.approx([0.75, 0.25])
     assert prior.isfinite().all()
     assert at.log_prior(data, quick_flags(), CPU).tolist() == [0, 0, 0, 0]
     assert at.new_run("test_resnet", at.Weights("test_resnet", "", None), 0, at.Job(
