@@ -89,8 +89,8 @@ TEST_IMAGES = 0  # images to test on; 0: all of them on a GPU, 2,000 on a CPU
 # The techniques: switch them off one by one to see what each is worth
 USE_MIXED_PRECISION = True  # FP16 products with loss scaling on a GPU, BF16 on a CPU with its units
 GRADIENT_ACCUMULATION_STEPS = 4  # micro-batches in one update: effective batch BATCH_SIZE x this
-USE_COSINE_SCHEDULE = True  # warm-up, cosine, warm restart at each stage; off: a step decay
-GRADUAL_UNFREEZING = True  # head first, then one layer group more a stage; off: all from the start
+USE_COSINE_SCHEDULE = True  # warm-up, then cosine; off: step decay. Both restart at each stage
+GRADUAL_UNFREEZING = True  # head first, one layer group more a stage, up to 4; off: all at once
 USE_TTA = True  # average the predictions over several views of each test image
 USE_ENSEMBLE = True  # average the predictions of all the models
 
@@ -200,7 +200,7 @@ class Run:
 
 
 def new_run(name: str, weights: Weights, seed: int, job: Job) -> Run:
-    """Build a network with a new head, and its optimiser. The seed decides the head."""
+    """Build a network with a new head, and its optimiser. The seed decides its random weights."""
     flags, device = job.flags, job.device
     torch.manual_seed(seed)
     network = new_network(weights.architecture, len(job.data.classes), flags, weights.overlay)
@@ -237,7 +237,7 @@ def layer_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 # ==== 4. Gradual unfreezing (technique 4) =========================================================
 
-STAGES = 4  # of 1, 2, 3 and 4 layer groups from the head on; earlier groups stay frozen
+STAGES = 4  # with 1, 2, 3, then 4 groups learning; those nearer the input stay frozen
 
 
 def stage_of(epoch: int, run: Run) -> int:
@@ -253,7 +253,7 @@ def groups_learning(epoch: int, run: Run) -> int:
 
     A new head starts with random weights, and its first gradients would shake what the backbone
     knows. So the head learns alone until it is worth listening to. Then the last layer group
-    joins, which knows most of ImageNet's classes and least of other images, and so on.
+    joins, the one most specialised in ImageNet's classes, then the group before it, and so on.
     """
     return stage_of(epoch, run) + 1 if run.gradual else len(run.groups)
 
@@ -304,8 +304,8 @@ def learning_rate(update: int, layer: int, updates_per_epoch: int, run: Run) -> 
     if not flags.USE_COSINE_SCHEDULE:
         return peak * step_decay(position, length)
 
-    # 3. A linear warm-up over the cycle's first tenth: AdamW's averages of the gradients have
-    #    seen too little yet to be trusted with a large step.
+    # 3. A linear warm-up over the cycle's first tenth: for a group that has just joined, AdamW's
+    #    averages of the gradients have seen too little yet to be trusted with a large step.
     warm_up = max(1, length // 10)
     if position < warm_up:
         return peak * (position + 1) / warm_up
@@ -332,7 +332,7 @@ def make_optimizer(groups: dict[str, list[nn.Parameter]],
         matrices = [parameter for parameter in parameters if parameter.ndim > 1]
         vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
         settings.append(dict(params=matrices, layer=layer, weight_decay=flags.WEIGHT_DECAY))
-        # Biases and norms are not decayed: pulled towards 0, they would switch channels off.
+        # Biases and norms are not decayed: a norm's scale near 0 would switch its channel off.
         settings.append(dict(params=vectors, layer=layer, weight_decay=0.0))
     # Fused: the step, its skipping included, doesn't wait for the CPU to look at a number.
     return torch.optim.AdamW(settings, lr=flags.BASE_LEARNING_RATE, fused=True)
@@ -342,7 +342,7 @@ def make_optimizer(groups: dict[str, list[nn.Parameter]],
 
 
 def autocast(run: Run) -> contextlib.AbstractContextManager:
-    """Matrix products in 16 bits, what needs exactness (softmax, sums) in 32.
+    """Matrix products in 16 bits, what needs exactness (softmax, sums) in 32; so are the weights.
 
     Half the memory for activations, and several times the speed where a device has units for it
     (Micikevicius et al., 2018; PyTorch: torch.amp).
@@ -384,7 +384,7 @@ def apply_update(run: Run, network: nn.Module, batches: Iterable[MicroBatch],
                                label_smoothing=run.flags.LABEL_SMOOTHING)
         # backward() adds to the gradients that are there. Dividing by the images of the whole
         # update, and not by the number of micro-batches, makes their sum the mean over all these
-        # images, however they were cut: the last micro-batch may well be a shorter one.
+        # images, though the last micro-batch may be a shorter one. (BatchNorm still sees the cuts.)
         run.scaler.scale(loss / images).backward()
         loss_sum += loss.detach()
         correct += (logits.argmax(1) == labels).sum()
@@ -394,7 +394,7 @@ def apply_update(run: Run, network: nn.Module, batches: Iterable[MicroBatch],
         #    The recipe that is often copied, torchvision's reference loop until its pull request
         #    4874, clipped after the step, where it does nothing, and stepped a second time.
         run.scaler.unscale_(run.optimizer)
-        # 3. Clip: one odd micro-batch may bend the direction, but not throw the weights far off.
+        # 3. Clip: one odd update must not rule AdamW's averages for many steps to come.
         norm = nn.utils.clip_grad_norm_(run.parameters, max_norm=1.0)
         # 4. Step, unless a gradient is infinite or NaN: then the scaler leaves the weights alone.
         run.scaler.step(run.optimizer)
@@ -515,7 +515,7 @@ def answer_views(run: Run, data: Data, role: str, views: list[dict[str, Any]],
 def soft_vote(voters: Iterable[Tensor]) -> Tensor:
     """The mean of several voters' probabilities, each [n, classes]: views of an image, or models.
 
-    Unlike a count of votes, it listens more to who is sure. It gains if voters err on other images.
+    Unlike a count of votes, it listens more to who is sure. It gains where voters err differently.
     """
     return torch.stack(list(voters)).double().mean(0).float()
 
@@ -757,10 +757,9 @@ def frozen_features(run: Run, data: Data, plan: list[Part]) -> Tensor:
 
 def learning_part(run: Run) -> nn.Module:
     """What an update runs: where features are kept, the network without its frozen layers."""
-    if run.kept.tail is None:
-        return run.network
-    set_training(run.kept.tail)
-    return run.kept.tail
+    part = run.network if run.kept.tail is None else run.kept.tail
+    set_training(part)  # looking for a border, and making features, left it in eval mode
+    return part
 
 
 @torch.no_grad()

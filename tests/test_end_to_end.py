@@ -78,12 +78,15 @@ def test_shapes_with_all_techniques_twice_give_the_same_numbers(script, tmp_path
         "ensemble",
         "speed",
         "classes",
+        "over_classes",
         "ablation",
+        "export",
         "architectures",
         "diagnosis",
     }
     assert set(results["flags"]) == set(at.FLAGS)
-    assert results["dataset"]["train_images"] == 60 and results["dataset"]["validation_images"] == 7
+    assert results["dataset"]["train_images"] == 60
+    assert results["dataset"]["validation_images"] == 30
     for model in results["models"]:
         assert (
             0 <= model["test_accuracy"] <= 1

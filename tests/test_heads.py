@@ -84,3 +84,14 @@ def test_an_answer_that_is_no_table_of_classes_is_refused(answer, capsys):
         at.check_answer("several", answer)
     assert "several answers an image with more than" in capsys.readouterr().err
     at.check_answer("one", torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("memory", [0.0, 4.0])
+def test_what_learns_is_in_training_mode_and_what_is_frozen_in_eval_mode(memory):
+    run, data = run_of("resnet18", NUM_EPOCHS=20, MEMORY_GB=memory), random_data()
+    at.unfreeze(run, 2)
+    at.plan_epoch(run, data, 5)  # looks for the border in eval mode, and makes the features in it
+    part = at.learning_part(run)
+    assert (part is run.network) == (memory == 0)
+    assert run.network.layer4.training and run.network.layer4[0].bn1.training
+    assert not run.network.bn1.training and not run.network.layer3.training
