@@ -599,6 +599,8 @@ def deal_out(run: Run, data: Data, epoch: int) -> list[Part]:
 def micro_batches(run: Run, data: Data, part: Part) -> Iterator[MicroBatch]:
     """The micro-batches of one update, evenly cut: of kept features, or of augmented images."""
     count = even_parts(len(part.chosen), run.micro_batch)
+    if part.features is not None and part.features.ndim == 2:
+        count = 1  # pooled features [n, channels] take hardly any memory
     places = torch.arange(len(part.chosen)).tensor_split(count)
     for place, some in enumerate(places, 1):
         chosen = part.chosen[some[0] : some[-1] + 1]
@@ -4547,8 +4549,9 @@ def measure_pace(run: Run, data: Data) -> dict[int | str, float]:
 
     A micro-batch is tried in each way. The weights stay, and BatchNorm's statistics are put back.
     """
-    chosen = data.split["train"][: run.micro_batch]
-    part = deal_out(run, dataclasses.replace(data, split={"train": chosen}), 0)[0]
+    few = data.split["train"][: max(run.micro_batch, 2 * PROCESSES)]
+    few = dataclasses.replace(data, split={"train": few})
+    part = deal_out(run, few, 0)[0]  # this process's share of them
     kept = {name: values.clone() for name, values in run.network.named_buffers()}
 
     def learn() -> None:
@@ -4558,7 +4561,6 @@ def measure_pace(run: Run, data: Data) -> dict[int | str, float]:
             F.cross_entropy(logits.float(), labels).backward()
 
     def answer() -> None:
-        few = dataclasses.replace(data, split={"train": part.chosen})
         predict(run, few, "train", VIEWS[:1])
 
     pace: dict[int | str, float] = {}

@@ -96,7 +96,7 @@ def test_processes_end_with_the_weights_of_one(train, processes):
     (alone, results, _), (together, shared_results, output) = (
         train(count, "test_vit") for count in (1, processes)
     )
-    assert difference(alone["state_dict"], together["state_dict"]) < 1e-5
+    assert difference(alone["state_dict"], together["state_dict"]) < 3e-5
     torch.testing.assert_close(
         alone["finished"]["averaged"], together["finished"]["averaged"], rtol=0, atol=1e-4
     )
@@ -131,7 +131,7 @@ def test_a_folder_is_decoded_once_and_shared(train, tmp_path):
     together, results, output = train(
         2, "test_vit", dataset=folder, skip_unreadable=True, test_images=10
     )
-    assert difference(alone["state_dict"], together["state_dict"]) < 1e-5
+    assert difference(alone["state_dict"], together["state_dict"]) < 3e-5
     assert (
         "1 of" in output
         and "left out" in output

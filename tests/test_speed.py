@@ -304,7 +304,7 @@ sys.path.insert(0, sys.argv[1])
 import advanced_techniques as at
 at.choose_device()
 used = 1024 * int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1])
-resource.setrlimit(resource.RLIMIT_DATA, (used + 500_000_000,) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (used + 700_000_000,) * 2)
 at.main(sys.argv[2:])
 """
 
@@ -312,8 +312,8 @@ at.main(sys.argv[2:])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
 def test_a_folder_larger_than_memory_trains_from_a_memory_mapped_file(script, tmp_path):
     random = np.random.default_rng(0)
-    # Decoded to 512 pixels a side: 551 MB, more than the process may have.
-    for index in range(700):
+    # Decoded to 512 pixels a side: 786 MB, more than the process may have.
+    for index in range(1000):
         path = tmp_path / "images" / f"class{index % 2}" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(path)
@@ -330,5 +330,5 @@ def test_a_folder_larger_than_memory_trains_from_a_memory_mapped_file(script, tm
 
     result = limited(0.1)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert (tmp_path / "data" / "decoded_images.bin").stat().st_size == 700 * 3 * 512 * 512
+    assert (tmp_path / "data" / "decoded_images.bin").stat().st_size == 1000 * 3 * 512 * 512
     assert limited(4).returncode != 0  # in memory it doesn't fit: the limit is real
