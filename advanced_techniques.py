@@ -630,7 +630,11 @@ def keep_features(run: Run, data: Data, epoch: int) -> Kept:
     if run.kept is None or run.kept.learning != learning:
         run.kept = Kept(learning)  # lets go of the old features
         if features_serve(epoch, run):
-            run.kept.border, run.kept.tail = cut_network(run, data, views_to_keep(epoch, run))
+            border, tail = cut_network(run, data, views_to_keep(epoch, run))
+            if in_all_processes(tail is not None, run.device):
+                run.kept.border, run.kept.tail = border, tail
+                if run.flags.COMPILE and tail is not border:  # a head alone is not worth it
+                    tail.compile()
     return run.kept
 
 
@@ -680,9 +684,18 @@ def same_answers(answers: Tensor, whole: Tensor) -> bool:
 
 
 def fits(features: Tensor, views: int, run: Run, data: Data) -> bool:
-    """Whether MEMORY_GB holds such features [2, ...] of all views, and of the validation images."""
+    """Whether MEMORY_GB holds such features [2, ...] of all views, and of the validation images.
+
+    At four bytes a number, so that the precision decides nothing. On an accelerator they may take
+    half of what is free there, too.
+    """
     images = views * len(data.split["train"]) + len(data.split["validation"])
-    return features[0].nbytes * images <= run.flags.MEMORY_GB * 1e9
+    needed = 4 * features[0].numel() * images
+    room = run.flags.MEMORY_GB * 1e9
+    if features.device.type not in ("cpu", "meta"):
+        with contextlib.suppress(RuntimeError):  # where PyTorch can't tell what is free
+            room = min(room, torch.accelerator.get_memory_info()[0] / 2)
+    return needed <= room
 
 
 def find_border(network: nn.Module,
@@ -1237,6 +1250,7 @@ def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
     Timing comes last, since it spends the model, of which a copy is kept.
     """
     run.optimizer.state.clear()  # its averages have served: the memory is worth more
+    run.kept = None
     kept = dict(run=run_signature(run, data))
     if keep:
         tested.validation = soft_vote(predict(run, data, "validation", tta_views(run.flags)))
@@ -1360,10 +1374,10 @@ def how_to_go_on(job: Job) -> str:
     """What is true and what can be done after a run that ended early, in sentences."""
     if job.flags.PREDICT:
         return "No answers were written; the models are as before. The same command starts anew."
-    if not job.run:
+    if not job.run and not job.tested:
         return ("This run has trained nothing yet. The same command starts anew; what was "
                 "downloaded as a whole is kept.")
-    if not job.tested and not job.run.epochs:
+    if job.run and not job.tested and not job.run.epochs:
         return "No epoch was finished yet. The same command starts anew."
     if all_finished(job):
         return ("All models are finished and kept. The same command with --resume true writes the "
@@ -1441,6 +1455,13 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if PROCESSES > 1:
         distributed.all_reduce(values)
     return values
+
+
+def in_all_processes(true: bool, device: torch.device) -> bool:
+    """Whether something is true in each of the processes."""
+    if PROCESSES == 1:
+        return true
+    return int(sum_over_processes(torch.tensor(int(true), device=device))) == PROCESSES
 
 
 def gather(answers: Tensor, count: int) -> Tensor:
@@ -3116,18 +3137,18 @@ def deep_values(image: Image.Image, kind: str) -> np.ndarray:
     lower = read_raw(content, LOWER_BYTES[mode])
     if mode == "LA;16B":
         upper, lower = lower[..., [0, 2]], lower[..., [1, 3]]
-    return without_alpha(256 * upper + lower)
+    return without_alpha(256 * upper.astype(np.float32) + lower)
 
 
 def read_raw(content: bytes, mode: str) -> np.ndarray:
-    """An image file's bands as Pillow gives them in a raw mode, turned upright: float [H, W, n]."""
+    """An image file's bands as Pillow gives them in a raw mode, turned upright: uint8 [H, W, n]."""
     with Image.open(io.BytesIO(content)) as image:
         for place, tile in enumerate(image.tile):
             arguments = mode
             if isinstance(tile[3], tuple):
                 arguments = (mode, *tile[3][1:])
             image.tile[place] = type(tile)(*tile[:3], arguments)
-        return np.asarray(upright(image), dtype=float)
+        return np.asarray(upright(image))
 
 
 def without_alpha(values: np.ndarray) -> np.ndarray:
@@ -3252,6 +3273,9 @@ def split(source: Source, train_limit: int, test_limit: int, seed: int) -> dict[
     return chosen
 
 
+MOST_VALIDATION = 5000
+
+
 def enough_to_tell(train_limit: int, spare: int) -> int:
     """How many validation images to take at most, of which `spare` could not be trained on.
 
@@ -3260,9 +3284,9 @@ def enough_to_tell(train_limit: int, spare: int) -> int:
     these. 5,000 tell as much as anyone needs, and each of them is looked at in every epoch.
     """
     if train_limit == 0:
-        return 5000
+        return MOST_VALIDATION
     wanted = max(2, train_limit // 8, min(1000, train_limit // 2, spare))
-    return min(wanted, 5000)
+    return min(wanted, MOST_VALIDATION)
 
 
 def stratified_order(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -3300,8 +3324,11 @@ def part_notices(source: Source, labels: Tensor, parts: dict[str, np.ndarray]) -
     used = sum(len(part) for part in parts.values())
     unused = len(source.labels) - used - len(source.unreadable)
     if unused > 0:
-        yield (f"{unused:,} of {len(source.labels):,} images are not used. Raise TRAIN_IMAGES or "
-               "TEST_IMAGES to use more.")
+        said = (f"{unused:,} of {len(source.labels):,} images are not used. Raise TRAIN_IMAGES or "
+                "TEST_IMAGES to use more")
+        if len(parts["validation"]) == MOST_VALIDATION:
+            said = f"{said}; for validation {MOST_VALIDATION:,} are enough"
+        yield f"{said}."
     images = {}
     for role, part in parts.items():
         images[role] = torch.bincount(labels[part], minlength=len(source.classes)).numpy()
@@ -4306,9 +4333,13 @@ def in_equal_time(flags: SimpleNamespace,
 
     Its schedule is as much shorter. No variant where gradual unfreezing saves no epoch.
     """
-    gradual = runs["everything"][0].entry["seconds"]
-    an_epoch = runs["without gradual unfreezing"][0].entry["seconds"] / flags.NUM_EPOCHS
-    epochs = max(1, int(gradual / an_epoch))
+
+    def whole_epochs() -> int:
+        gradual = runs["everything"][0].entry["seconds"]
+        an_epoch = runs["without gradual unfreezing"][0].entry["seconds"] / flags.NUM_EPOCHS
+        return max(1, int(gradual / an_epoch))
+
+    epochs = from_first_process(whole_epochs)  # each has a clock of its own
     if epochs >= flags.NUM_EPOCHS:
         return {}
     return {"in equal time": dict(GRADUAL_UNFREEZING=False, NUM_EPOCHS=epochs)}
@@ -4567,7 +4598,8 @@ def measure_pace(run: Run, data: Data) -> dict[int | str, float]:
     for stage in range(STAGES if run.gradual else 1):
         unfreeze(run, stage + 1 if run.gradual else len(run.groups))
         within_memory(learn, run)  # to warm up
-        pace[stage] = seconds_of(learn, run.device) / len(part.chosen)
+        seconds = seconds_of(functools.partial(within_memory, learn, run), run.device)
+        pace[stage] = seconds / len(part.chosen)
     answer()
     pace["answer"] = seconds_of(answer, run.device) / len(part.chosen)
     run.optimizer.zero_grad(set_to_none=True)
@@ -4579,35 +4611,39 @@ def measure_pace(run: Run, data: Data) -> dict[int | str, float]:
 def seconds_to_come(run: Run, data: Data) -> float:
     """How long a model's remaining epochs, its test and its timing will take, by its pace.
 
-    As far as epochs are behind it, the pace is corrected by how long these really took.
+    The pace is corrected by how long the epochs behind it really took, for as much as these weigh
+    in the whole: the head's few seconds say little of what is to come.
     """
-    expected = [epoch_seconds(epoch, run, data) for epoch in range(run.flags.NUM_EPOCHS)]
-    spent = sum(entry["seconds"] for entry in run.epochs)
     done = len(run.epochs)
-    correction = spent / sum(expected[:done]) if done else 1.0
+    spent = sum(entry["seconds"] for entry in run.epochs)
+    behind = sum(learning_seconds(epoch, run, data) for epoch in range(done))
+    ahead = 0.0
+    for epoch in range(done, run.flags.NUM_EPOCHS):
+        ahead += learning_seconds(epoch, run, data) + validation_seconds(epoch, run, data)
     views = len(tta_views(run.flags))
     tested = views * (len(data.split["test"]) + len(data.split["validation"]))
     tested += len(data.split["train"])
     timed = 8 * run.flags.BATCH_SIZE * run.flags.GRADIENT_ACCUMULATION_STEPS  # measure_speed
     last = max(stage for stage in run.pace if stage != "answer")
     after = tested / PROCESSES * run.pace["answer"] + timed / PROCESSES * run.pace[last]
-    return correction * (sum(expected[done:]) + after)
+    correction = (spent + ahead) / (behind + ahead) if ahead else 1.0
+    return correction * (ahead + after)
 
 
-def epoch_seconds(epoch: int, run: Run, data: Data) -> float:
-    """How long an epoch takes, by the pace: with its validation, and with what kept features save.
-    """
-    learn = run.pace[stage_of(epoch, run)]
-    answer = run.pace["answer"]
+def learning_seconds(epoch: int, run: Run, data: Data) -> float:
+    """How long an epoch's training takes by the pace, with what kept features save."""
+    seconds = run.pace[stage_of(epoch, run)]
     turn = epoch - stage_epochs(epoch, run)[0]
-    validation = answer * len(data.split["validation"])
-    if features_serve(epoch, run):
-        learn -= answer
-        if turn < views_to_keep(epoch, run):
-            learn += answer
-        if turn > 0:
-            validation = 0.0
-    return (max(0.0, learn) * len(data.split["train"]) + validation) / PROCESSES
+    if features_serve(epoch, run) and turn >= views_to_keep(epoch, run):
+        seconds = max(0.0, seconds - run.pace["answer"])
+    return seconds * len(data.split["train"]) / PROCESSES
+
+
+def validation_seconds(epoch: int, run: Run, data: Data) -> float:
+    """How long an epoch's validation takes by the pace: hardly any time from kept features."""
+    if features_serve(epoch, run) and epoch > stage_epochs(epoch, run)[0]:
+        return 0.0
+    return run.pace["answer"] * len(data.split["validation"]) / PROCESSES
 
 
 def time_left(run: Run, data: Data) -> str:
@@ -4956,9 +4992,9 @@ def describe_dataset(data: Data) -> dict[str, Any]:
     """The data set's name, its classes, and how many images play which role."""
     counts = {f"{role}_images": len(data.split[role]) for role in ("train", "validation", "test")}
     mapped = data.images.untyped_storage().filename is not None  # as room_for decided
-    by_class = torch.bincount(data.truth("train"), minlength=len(data.classes)).tolist()
+    sizes = torch.bincount(data.truth("train"), minlength=len(data.classes)).tolist()
     return dict(name=data.name, classes=data.classes, memory_mapped=mapped,
-                train_images_by_class=by_class, **counts)
+                train_images_by_class=sizes, **counts)
 
 
 def trained_entry(run: Run, data: Data) -> dict[str, Any]:
@@ -6197,7 +6233,10 @@ def handing_over_lines(results: dict[str, Any]) -> list[str]:
     whose = "this run does"
     if not made["exact"]:
         whose = "the models do in FP32 on a CPU"
-    said = (f"{made['file']} ({made['bytes'] / 1e6:.0f} MB) answers the {count:,} test images as "
+    which = f"the {count:,} test images"
+    if count < results["dataset"]["test_images"]:
+        which = f"the first {count:,} test images"
+    said = (f"{made['file']} ({made['bytes'] / 1e6:.0f} MB) answers {which} as "
             f"{whose}: the same class for {same}, probabilities within "
             f"{made['largest_difference']:.0e}.")
     if not made["exact"]:
@@ -6310,34 +6349,37 @@ def export_program(job: Job, results: dict[str, Any], runs: list[Run]) -> dict[s
     file = Path(job.flags.OUTPUT_DIR, "ensemble.pt2")
     write_whole(file, lambda stream: stream.write(content.getbuffer()))
     return dict(file=str(file), bytes=file.stat().st_size, why="",
-                **try_program(file, job, results, runs))
+                **try_program(file, program, job, results))
+
+
+TRIED_OFF_CPU = 500  # test images at most, where a GPU trained what a CPU is to answer
 
 
 @torch.no_grad()
-def try_program(file: Path, job: Job, results: dict[str, Any],
-                runs: list[Run]) -> dict[str, Any]:
-    """Load a program and compare its answers to all test images with the models' own.
+def try_program(file: Path, module: HandedOver, job: Job,
+                results: dict[str, Any]) -> dict[str, Any]:
+    """Load a program and compare its answers to the test images with the models' own.
 
     exact: the run itself computed in FP32 on a CPU, so its answers are compared. Otherwise the
-    models answer once more, in FP32, since 16 bits and other devices round differently.
+    module that was exported answers once more, since 16 bits and other devices round differently.
     """
     data = job.data
-    temperature = final_temperature(results)
     program = torch.export.load(file).module()
-    parts = []
-    for batch in progress(data.split["test"].split(job.flags.BATCH_SIZE), "ensemble.pt2"):
-        parts.append(program(data.images[batch].cpu()))
-    answers = torch.cat(parts)
-    reported = at_temperature(final_probabilities(job), temperature)
+    chosen = data.split["test"]
+    if job.device.type != "cpu":
+        chosen = chosen[:TRIED_OFF_CPU]
     precisions = {entry["precision"] for entry in results["models"]}
     exact = job.device.type == "cpu" and precisions == {"float32"}
-    wanted = reported
-    if not exact:
-        votes = []
-        for run in runs:
-            in_fp32 = dataclasses.replace(run, precision=None)
-            votes.append(soft_vote(predict(in_fp32, data, "test", tta_views(run.flags))))
-        wanted = at_temperature(soft_vote(votes), temperature)
+    parts = []
+    own_parts = []
+    for batch in progress(chosen.split(job.flags.BATCH_SIZE), "ensemble.pt2"):
+        images = data.images[batch].cpu()
+        parts.append(program(images))
+        if not exact:
+            own_parts.append(module(images))
+    answers = torch.cat(parts)
+    reported = at_temperature(final_probabilities(job), final_temperature(results))[: len(chosen)]
+    wanted = reported if exact else torch.cat(own_parts)
     return dict(
         images=len(answers),
         exact=exact,

@@ -281,6 +281,40 @@ def test_every_model_is_compiled_in_every_stage_also_the_second_of_its_class(mon
     assert all(count > 0 for count in passes)
 
 
+def test_what_stands_behind_kept_features_is_compiled_too(monkeypatch):
+    graphs = []
+
+    def counting(graph, inputs):
+        def call(*arguments):
+            graphs.append(len(arguments))
+            return graph.forward(*arguments)
+        return call
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting))
+    run = run_of("test_resnet", COMPILE=True, NUM_EPOCHS=4, FEATURE_VIEWS=2)
+    at.train_epoch(run, random_data(), 1)
+    assert run.kept.tail is not None and graphs
+
+
+def test_features_are_kept_by_all_processes_or_by_none(monkeypatch):
+    run, data = run_of("resnet18", NUM_EPOCHS=20), random_data()
+    monkeypatch.setattr(at, "in_all_processes", lambda true, device: False)  # another can't
+    assert kept_at(run, 1, data).tail is None
+    monkeypatch.undo()
+    monkeypatch.setattr(at, "PROCESSES", 3)
+    monkeypatch.setattr(at, "sum_over_processes", lambda value: value + 1)
+    assert not at.in_all_processes(True, CPU)
+    monkeypatch.setattr(at, "sum_over_processes", lambda value: value + 2)
+    assert at.in_all_processes(True, CPU)
+
+
+def test_the_precision_does_not_decide_whether_features_are_kept():
+    run, data = run_of("resnet18", NUM_EPOCHS=20, MEMORY_GB=4 * 512 * 50.5 / 1e9), random_data()
+    for precision in (torch.float16, torch.float32):  # 2 views of 20 images, and 10: at 4 bytes
+        assert at.fits(torch.zeros(2, 512, dtype=precision), 2, run, data)
+        assert not at.fits(torch.zeros(2, 520, dtype=precision), 2, run, data)
+
+
 def test_the_speed_section_counts_what_the_epochs_took(monkeypatch):
     monkeypatch.setattr(at, "measure_update", lambda run, data, precision, micro_batch: (
         {None: 50.0, torch.bfloat16: 80.0}[precision] * (1 if micro_batch == 8 else 2), 1000))

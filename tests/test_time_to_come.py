@@ -16,22 +16,23 @@ def timed(done: int = 0, slower: float = 1.0, **changes) -> tuple[at.Run, at.Dat
     run, data = run_of("test_resnet", NUM_EPOCHS=20, **changes), random_data()
     run.pace = dict(PACE)
     for epoch in range(done):
-        run.epochs.append(dict(seconds=slower * at.epoch_seconds(epoch, run, data)))
+        run.epochs.append(dict(seconds=slower * at.learning_seconds(epoch, run, data)))
     return run, data  # 20 images to train on, 10 to validate, 10 to test
 
 
 def test_an_epoch_takes_its_stage_s_pace_and_validation():
     run, data = timed(FEATURE_VIEWS=0)
     for epoch, stage in ((0, 0), (5, 1), (10, 2), (19, 3)):
-        assert at.epoch_seconds(epoch, run, data) == pytest.approx(20 * PACE[stage] + 10 * 0.01)
+        assert at.learning_seconds(epoch, run, data) == pytest.approx(20 * PACE[stage])
+        assert at.validation_seconds(epoch, run, data) == pytest.approx(10 * 0.01)
 
 
 def test_kept_features_are_made_once():
     run, data = timed(FEATURE_VIEWS=2)
-    first, second, third = (at.epoch_seconds(epoch, run, data) for epoch in (0, 1, 2))
-    assert first == pytest.approx(20 * 0.011 + 10 * 0.01)  # the view, and the validation images
-    assert second == pytest.approx(20 * 0.011)
-    assert third == pytest.approx(20 * 0.001)
+    learning = [at.learning_seconds(epoch, run, data) for epoch in (0, 1, 2)]
+    assert learning == pytest.approx([20 * 0.011, 20 * 0.011, 20 * 0.001])
+    validation = [at.validation_seconds(epoch, run, data) for epoch in (0, 1, 2)]
+    assert validation == pytest.approx([10 * 0.01, 0, 0])
 
 
 def test_what_is_to_come_shrinks_and_follows_how_long_it_really_took():
@@ -39,9 +40,15 @@ def test_what_is_to_come_shrinks_and_follows_how_long_it_really_took():
     whole = at.seconds_to_come(run, data)
     run, data = timed(done=5)
     rest = at.seconds_to_come(run, data)
-    assert rest == pytest.approx(whole - sum(at.epoch_seconds(e, run, data) for e in range(5)))
-    run, data = timed(done=5, slower=3.0)
-    assert at.seconds_to_come(run, data) == pytest.approx(3 * rest)
+    behind = sum(at.learning_seconds(epoch, run, data) for epoch in range(5))
+    behind += sum(at.validation_seconds(epoch, run, data) for epoch in range(5))
+    assert rest == pytest.approx(whole - behind)
+    early, data = timed(done=5, slower=3.0)
+    late, data = timed(done=19, slower=3.0)
+    on_time, data = timed(done=19)
+    assert rest < at.seconds_to_come(early, data) < 1.5 * rest  # the head's epochs weigh little
+    grown = at.seconds_to_come(late, data) / at.seconds_to_come(on_time, data)
+    assert 2.5 < grown < 3
 
 
 def test_the_trial_leaves_the_network_as_it_was():
