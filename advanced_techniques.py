@@ -5,8 +5,8 @@
     python advanced_techniques.py --predict path/to/images   # use what was trained
     python advanced_techniques.py --help                     # every flag
 
-What each technique is worth was measured: README.md has the figures, and the commands that give
-them. Not measured yet is what takes a GPU.
+Measured without network and GPU: the vote of three stand-ins, 2,400 images of Fashion-MNIST to learn
+from, is right on 90.1 % of 2,000 others. README.md has all figures, and what is not measured yet.
 
 A map of this file. To learn, read to the end of part 8; the rest keeps your run alive.
 
@@ -6237,8 +6237,8 @@ def handing_over_lines(results: dict[str, Any]) -> list[str]:
     if count < results["dataset"]["test_images"]:
         which = f"the first {count:,} test images"
     said = (f"{made['file']} ({made['bytes'] / 1e6:.0f} MB) answers {which} as "
-            f"{whose}: the same class for {same}, probabilities within "
-            f"{made['largest_difference']:.0e}.")
+            f"{whose}: the same class for {same}, probabilities apart by at most "
+            f"{made['largest_difference']:.7f}.")
     if not made["exact"]:
         said = f"{said} This run itself names the same class for {made['as_reported']:,} of them."
     said = (f"{said} It needs PyTorch alone: images in, probabilities out. models/ holds each "
