@@ -5,8 +5,8 @@
     python advanced_techniques.py --predict path/to/images   # use what was trained
     python advanced_techniques.py --help                     # every flag
 
-Measured without network and GPU: the vote of three stand-ins, 2,400 images of Fashion-MNIST to learn
-from, is right on 90.1 % of 2,000 others. README.md has all figures, and what is not measured yet.
+Measured without network and GPU: the vote of three stand-ins that learned from 2,400 images of
+Fashion-MNIST is right on 90.1 % of 2,000 others. README.md has all figures, and what is missing.
 
 A map of this file. To learn, read to the end of part 8; the rest keeps your run alive.
 
