@@ -4850,17 +4850,16 @@ def write_test_predictions(job: Job, results: dict[str, Any]) -> None:
     confidence = believed.amax(1)
     right = is_right(believed, labels)
     order = torch.where(right, 1 + confidence, 1 - confidence).argsort(stable=True)
-    table = io.StringIO(newline="")
-    writer = csv.writer(table)
-    writer.writerow(["image", "true_class", "predicted_class", "probability"])
+    rows = []
     for place in order.tolist():
-        writer.writerow([
+        rows.append([
             image_name(data, int(data.split["test"][place])),
             data.classes[int(labels[place])],
             data.classes[int(believed[place].argmax())],
             f"{confidence[place]:.4f}",
         ])
-    write_text(Path(job.flags.OUTPUT_DIR, "test_predictions.csv"), table.getvalue())
+    header = ["image", "true_class", "predicted_class", "probability"]
+    write_table(Path(job.flags.OUTPUT_DIR, "test_predictions.csv"), header, rows)
 
 
 MOST_LABELS = 10_000  # lines of train_labels.csv at most
@@ -4877,13 +4876,11 @@ def write_train_labels(job: Job) -> None:
     data = job.data
     belief = torch.stack(beliefs).mean(0)
     labels = data.truth("train")
-    table = io.StringIO(newline="")
-    writer = csv.writer(table)
-    writer.writerow(["image", "class", "belief"])
+    rows = []
     for place in belief.argsort(stable=True)[:MOST_LABELS].tolist():
-        writer.writerow([image_name(data, int(data.split["train"][place])),
-                         data.classes[int(labels[place])], f"{belief[place]:.4f}"])
-    write_text(Path(job.flags.OUTPUT_DIR, "train_labels.csv"), table.getvalue())
+        rows.append([image_name(data, int(data.split["train"][place])),
+                     data.classes[int(labels[place])], f"{belief[place]:.4f}"])
+    write_table(Path(job.flags.OUTPUT_DIR, "train_labels.csv"), ["image", "class", "belief"], rows)
 
 
 def image_name(data: Data, index: int) -> str:
@@ -5063,6 +5060,15 @@ def section(title: str, body: list[str]) -> list[str]:
 def write_text(file: Path, text: str) -> None:
     """Write text to a file as UTF-8, as a whole or not at all."""
     write_whole(file, lambda stream: stream.write(text.encode()))
+
+
+def write_table(file: Path, header: list[str], rows: list[list[str]]) -> None:
+    """Write rows of texts as CSV, as a whole or not at all."""
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(file, table.getvalue())
 
 
 REPORT_WIDTH = 118  # columns of what is wrapped
@@ -6121,16 +6127,14 @@ def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int
     header = ["path"]
     for place in range(1, len(rows[0][1]) + 1):
         header += [f"class_{place}", f"probability_{place}"]
-    table = io.StringIO(newline="")
-    writer = csv.writer(table)
-    writer.writerow(header)
+    lines = []
     for path, answer in rows:
         line = [path]
         for name, share in answer:
             line += [name, f"{share:.4f}"]
-        writer.writerow(line)
+        lines.append(line)
     file = Path(flags.OUTPUT_DIR, "predictions.csv")
-    write_whole(file, lambda stream: stream.write(table.getvalue().encode()))
+    write_table(file, header, lines)
     say(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
 
 

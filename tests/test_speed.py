@@ -247,8 +247,8 @@ def test_compile_is_a_flag(wanted, monkeypatch):
     assert compiled == [run.network] * wanted
 
 
-def test_every_model_is_compiled_in_every_stage_also_the_second_of_its_class(monkeypatch):
-    """torch.compile gives up on a class of networks after eight graphs unless it starts anew."""
+def counting_backend():
+    """A backend of torch.compile that runs graphs as they are, and the list that it counts in."""
     graphs = []
 
     def counting(graph, inputs):
@@ -257,6 +257,12 @@ def test_every_model_is_compiled_in_every_stage_also_the_second_of_its_class(mon
             return graph.forward(*arguments)
         return call
 
+    return graphs, counting
+
+
+def test_every_model_is_compiled_in_every_stage_also_the_second_of_its_class(monkeypatch):
+    """torch.compile gives up on a class of networks after eight graphs unless it starts anew."""
+    graphs, counting = counting_backend()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting))
     data, passes = random_data(), []
     for seed in range(2):
@@ -282,14 +288,7 @@ def test_every_model_is_compiled_in_every_stage_also_the_second_of_its_class(mon
 
 
 def test_what_stands_behind_kept_features_is_compiled_too(monkeypatch):
-    graphs = []
-
-    def counting(graph, inputs):
-        def call(*arguments):
-            graphs.append(len(arguments))
-            return graph.forward(*arguments)
-        return call
-
+    graphs, counting = counting_backend()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting))
     run = run_of("test_resnet", COMPILE=True, NUM_EPOCHS=4, FEATURE_VIEWS=2)
     at.train_epoch(run, random_data(), 1)
