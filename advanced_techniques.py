@@ -4302,10 +4302,29 @@ def ablate(job: Job) -> list[dict[str, Any]]:
         if name not in unused and "USE_TTA" not in off:
             variants[f"without {name}"] = off
     variants["nothing"] = nothing
+    say(ablation_to_come(job, variants))
     runs = train_variants(job, variants)
     if "without gradual unfreezing" in runs:
         runs |= train_variants(job, in_equal_time(job.flags, runs))
     return ledger(job, runs, unused)
+
+
+def ablation_to_come(job: Job, variants: dict[str, dict[str, Any]]) -> str:
+    """How many trainings the ablation makes, and how long they take by what the first one took."""
+    entry, speed = job.tested[0].entry, job.tested[0].speed or {}
+    gradual = entry["seconds"]
+    all_layers = gradual / (1 - (speed.get("freezing_saves") or 0.0))
+    seed = []  # what each training with one seed takes
+    for off in variants.values():
+        seed.append(gradual if off.get("GRADUAL_UNFREEZING", True) else all_layers)
+    if "without gradual unfreezing" in variants:
+        seed.append(gradual)  # the variant in equal time
+    seeds = job.flags.ABLATION_SEEDS
+    said = (f"\nThe ablation trains {entry['name']} {len(seed) * seeds - 1} more times: about "
+            f"{duration(sum(seed) * seeds - gradual)}.")
+    if job.flags.RESUME:
+        said += " What an earlier run finished of it is not repeated."
+    return said
 
 
 def is_on(off: dict[str, Any], flags: SimpleNamespace) -> bool:
@@ -4561,7 +4580,10 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def say_time_to_come(run: Run, data: Data) -> None:
-    """Say how long this model will take, and the run, if the models after it take as long."""
+    """Say how long this model will take, and the run, if the models after it take as long.
+
+    The run also tries what it hands over: all models answer the test images once more.
+    """
     if run.flags.COMPILE:  # each stage's first update takes minutes, which no short trial tells
         return
     run.pace = measure_pace(run, data)
@@ -4571,8 +4593,19 @@ def say_time_to_come(run: Run, data: Data) -> None:
     after = len(names) - 1 - names.index(run.name) if run.name in names else 0
     if after:
         models = "model after it takes" if after == 1 else f"{after} models after it take"
-        said += f"; about {duration(seconds * (1 + after))} in all if the {models} as long"
+        in_all = seconds * (1 + after) + len(names) * trial_seconds(run, data)
+        said += f"; about {duration(in_all)} in all if the {models} as long"
     say(f"{said}.")
+
+
+def trial_seconds(run: Run, data: Data) -> float:
+    """How long this model's share of trying ensemble.pt2 takes, by its pace on this device."""
+    if not run.flags.EXPORT:
+        return 0.0
+    images = len(data.split["test"])
+    if run.device.type != "cpu":  # a CPU answers for it, at a pace of its own
+        images = min(images, TRIED_OFF_CPU)
+    return images * len(tta_views(run.flags)) * run.pace["answer"]
 
 
 def measure_pace(run: Run, data: Data) -> dict[int | str, float]:
@@ -6340,6 +6373,7 @@ def export_program(job: Job, results: dict[str, Any], runs: list[Run]) -> dict[s
         runs = [runs[best_on_validation([tested.entry for tested in finished_models(job)])]]
     side = job.data.images.shape[-1]
     program = HandedOver(runs, side, final_temperature(results)).eval()
+    program.requires_grad_(False)  # or each call would keep what a backward pass needs
     example = job.data.images[job.data.split["test"][:2]].cpu()
     with torch.no_grad():
         program(example)  # fills the caches of constants with numbers, before the tracing

@@ -159,6 +159,7 @@ def test_the_ablation_prints_a_ledger_and_reuses_what_was_trained(script, tmp_pa
         assert row["change"] == pytest.approx(row["accuracy_on"] - row["accuracy_off"], abs=1e-9)
     model = results["models"][0]
     assert "Ablation" in output and (tmp_path / "out" / "ablation.png").is_file()
+    assert "The ablation trains test_resnet " in output
     kept = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert (
         "ablation_without_cosine_annealing_2.pt" in kept and "ablation_everything_1.pt" not in kept
@@ -196,6 +197,7 @@ def test_the_first_run_is_the_first_seed_of_everything_on(monkeypatch):
     def finished(seed):
         answer = probabilities_of([index < 70 for index in range(100)], data)
         entry = dict(
+            name="test_resnet",
             seconds=10.0,
             plain_seconds=1.0,
             tta_seconds=4.0,

@@ -69,6 +69,7 @@ answers = {}
 for path in sys.argv[2:]:
     pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
     probabilities = program(pixels.permute(2, 0, 1)[None])
+    assert not probabilities.requires_grad
     best = int(probabilities[0].argmax())
     answers[path] = [json.loads(extra["classes.json"])[best], float(probabilities[0, best])]
 three = torch.randint(0, 256, (3, 3, 50, 20), dtype=torch.uint8)

@@ -111,3 +111,39 @@ def test_nothing_is_promised_where_compiling_takes_the_time(capsys):
     run.pace = {}
     at.say_time_to_come(run, data)
     assert capsys.readouterr().out == "" and at.time_left(run, data) == ""
+
+
+def test_the_run_also_tries_what_it_hands_over():
+    run, data = timed(EXPORT=True)  # 10 test images
+    assert at.trial_seconds(run, data) == pytest.approx(10 * 4 * 0.01)
+    run.flags.USE_TTA = False
+    assert at.trial_seconds(run, data) == pytest.approx(10 * 0.01)
+    run.flags.EXPORT = False
+    assert at.trial_seconds(run, data) == 0
+
+
+def test_the_run_s_time_counts_every_model_s_share_of_that_trial(capsys, monkeypatch):
+    run, data = timed(ARCHITECTURES=("test_resnet",) * 3, EXPORT=True)
+    run.name = "test_resnet_1"
+    monkeypatch.setattr(at, "measure_pace", lambda run, data: dict(PACE))
+    monkeypatch.setattr(at, "duration", lambda seconds: f"{seconds:.3f}")
+    at.say_time_to_come(run, data)
+    in_all = 3 * at.seconds_to_come(run, data) + 3 * 0.4
+    assert f"about {in_all:.3f} in all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("resume", "tail"), [
+    (False, "."), (True, ". What an earlier run finished of it is not repeated.")])
+def test_the_ablation_says_how_many_trainings_come_and_how_long_they_take(resume, tail):
+    off = at.without_technique(quick_flags())
+    variants = {"everything": {}}
+    for name in ("cosine annealing", "gradual unfreezing"):
+        variants[f"without {name}"] = off[name]
+    variants["nothing"] = off["cosine annealing"] | off["gradual unfreezing"]
+    first = at.Tested(dict(name="model", seconds=600.0), speed=dict(freezing_saves=0.5))
+    job = at.Job(quick_flags(ABLATION_SEEDS=3, RESUME=resume), CPU, tested=[first])
+    # A seed: everything, no cosine, in equal time at 10 minutes, twice all layers at 20.
+    said = at.ablation_to_come(job, variants)
+    assert said == f"\nThe ablation trains model 14 more times: about 3.3 h{tail}"
+    first.speed = None  # where it could not be measured, each takes as long as the first
+    assert "14 more times: about 2.3 h." in at.ablation_to_come(job, variants)
