@@ -184,7 +184,7 @@ class Run:
     prior: Tensor  # [classes], what training adds to the logits with BALANCE; else zeros
     epochs: list[dict[str, Any]] = field(default_factory=list)  # what each epoch so far measured
     kept: Kept | None = None  # what the frozen layers answered, for as long as it serves
-    pace: dict[int | str, float] = field(default_factory=dict)  # seconds an image, once measured
+    pace: Pace | None = None  # how fast it is on this machine, once tried
     memory_before: int | None = None  # bytes that were in use when its training began
     peak_memory: int | None = None  # bytes, of its training
 
@@ -901,7 +901,7 @@ def augment(images: Tensor, views: Tensor, run: Run) -> Tensor:
 def show(images: Tensor, run: Run, zoom: float = 1.0, mirror: bool = False) -> Tensor:
     """One deterministic view: the middle at the stored scale, normalised, like augment() else."""
     images = images.float()
-    share = min(1.0, run.flags.IMAGE_SIZE / images.shape[-1]) / zoom
+    share = shown_share(run.flags, images.shape[-1]) / zoom
     width = -share if mirror else share
     window = constant(((width, 0.0, 0.0), (0.0, share, 0.0)), images.device)
     count = images.shape[0]  # unlike len(), it stays open where the views are exported
@@ -909,6 +909,16 @@ def show(images: Tensor, run: Run, zoom: float = 1.0, mirror: bool = False) -> T
     no_offset = images.new_zeros(count, 1, 1)
     images = sample(images, window.expand(count, 2, 3), same, no_offset, run)
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def shown_share(flags: SimpleNamespace, side: int) -> float:
+    """Which share of a stored square's side is shown: its middle, at the stored scale.
+
+    All of it where FIT promises that nothing is cut off.
+    """
+    if flags.FIT != "crop":
+        return 1.0
+    return min(1.0, flags.IMAGE_SIZE / side)
 
 
 def sample(images: Tensor, window: Tensor, colour: Tensor, offset: Tensor, run: Run) -> Tensor:
@@ -1134,7 +1144,7 @@ class Tested:
     architecture: dict[str, Any] | None = None  # size and speed of the one that was asked for
 
 
-RECIPE = 2  # raised when training changes, so that no run goes on in another way than it began
+RECIPE = 3  # raised when training changes, so that no run goes on in another way than it began
 
 
 def checkpoint_file(run: Run) -> Path:
@@ -2960,23 +2970,33 @@ def decode(path: Path, side: int, fit: str = "crop",
     can't be read. Metadata that keeps Pillow from an image is left away.
     """
     def show_image(image: Image.Image) -> np.ndarray | None:
-        kind = deep_pixels(image)
-        if kind and scale is not None and kind not in scale:
+        seen = as_seen(image, scale)
+        if seen is None:
             return None
-        # Lets the JPEG decoder skip detail that the resizing below would average away.
-        image.draft("RGB", (side, side))
-        if kind:
-            values = deep_values(image, kind)
-            own = {kind: black_and_white([extent(values)], kind)}
-            image = in_8_bits(values, (scale or own)[kind])
-        else:
-            image = upright(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return np.asarray(squared(image.convert("RGB"), side, fit)).transpose(2, 0, 1)
+        return np.asarray(squared(seen, side, fit)).transpose(2, 0, 1)
 
     return read_image(path, show_image)
+
+
+def as_seen(image: Image.Image, scale: PixelScale | None) -> Image.Image | None:
+    """An opened image as an upright, opaque RGB image of its own size; see decode().
+
+    The JPEG decoder could skip detail in an image that is made small anyway (Pillow's draft mode),
+    in a fraction of the time. But then the same image would look otherwise to ensemble.pt2.
+    """
+    kind = deep_pixels(image)
+    if kind and scale is not None and kind not in scale:
+        return None
+    if kind:
+        values = deep_values(image, kind)
+        own = {kind: black_and_white([extent(values)], kind)}
+        image = in_8_bits(values, (scale or own)[kind])
+    else:
+        image = upright(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 GREY = 128  # what fills the square around an image that is padded
@@ -4579,6 +4599,15 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+@dataclass
+class Pace:
+    """How fast a model is on this machine, from a short trial."""
+
+    learning: dict[int, float]  # seconds an image takes to be learned from, by stage
+    answer: float  # seconds an image takes to be answered
+    keeping: set[int]  # the stages whose frozen features are kept
+
+
 def say_time_to_come(run: Run, data: Data) -> None:
     """Say how long this model will take, and the run, if the models after it take as long.
 
@@ -4588,13 +4617,16 @@ def say_time_to_come(run: Run, data: Data) -> None:
         return
     run.pace = measure_pace(run, data)
     seconds = seconds_to_come(run, data)
+    from_its_start = seconds_to_come(dataclasses.replace(run, epochs=[]), data)  # of a resumed one
     said = f"  About {duration(seconds)} for {run.name}"
     names = model_names(run.flags.ARCHITECTURES)
     after = len(names) - 1 - names.index(run.name) if run.name in names else 0
     if after:
         models = "model after it takes" if after == 1 else f"{after} models after it take"
-        in_all = seconds * (1 + after) + len(names) * trial_seconds(run, data)
+        in_all = seconds + after * from_its_start + len(names) * trial_seconds(run, data)
         said += f"; about {duration(in_all)} in all if the {models} as long"
+    if run.flags.ABLATION and run.name in names:
+        said += "; the ablation comes after that"
     say(f"{said}.")
 
 
@@ -4605,13 +4637,15 @@ def trial_seconds(run: Run, data: Data) -> float:
     images = len(data.split["test"])
     if run.device.type != "cpu":  # a CPU answers for it, at a pace of its own
         images = min(images, TRIED_OFF_CPU)
-    return images * len(tta_views(run.flags)) * run.pace["answer"]
+    if run.device.type != "cpu" or run.precision is not None:
+        images *= 2  # once by the program, once by the models in FP32
+    return images * len(tta_views(run.flags)) * run.pace.answer
 
 
-def measure_pace(run: Run, data: Data) -> dict[int | str, float]:
-    """Seconds an image takes: to be learned from in each stage, and to be given an "answer".
+def measure_pace(run: Run, data: Data) -> Pace:
+    """Try a micro-batch in each stage, and whether that stage's frozen features can be kept.
 
-    A micro-batch is tried in each way. The weights stay, and BatchNorm's statistics are put back.
+    The weights stay, and BatchNorm's statistics are put back.
     """
     few = data.split["train"][: max(run.micro_batch, 2 * PROCESSES)]
     few = dataclasses.replace(data, split={"train": few})
@@ -4627,14 +4661,22 @@ def measure_pace(run: Run, data: Data) -> dict[int | str, float]:
     def answer() -> None:
         predict(run, few, "train", VIEWS[:1])
 
-    pace: dict[int | str, float] = {}
-    for stage in range(STAGES if run.gradual else 1):
-        unfreeze(run, stage + 1 if run.gradual else len(run.groups))
+    pace = Pace({}, 0.0, set())
+    for epoch in range(run.flags.NUM_EPOCHS):
+        stage = stage_of(epoch, run)
+        if stage in pace.learning:
+            continue
+        unfreeze(run, groups_learning(epoch, run))
+        if features_serve(epoch, run):
+            _, tail = cut_network(run, data, views_to_keep(epoch, run))
+            if tail is not None:
+                pace.keeping.add(stage)
+        set_training(run.network)
         within_memory(learn, run)  # to warm up
         seconds = seconds_of(functools.partial(within_memory, learn, run), run.device)
-        pace[stage] = seconds / len(part.chosen)
+        pace.learning[stage] = seconds / len(part.chosen)
     answer()
-    pace["answer"] = seconds_of(answer, run.device) / len(part.chosen)
+    pace.answer = seconds_of(answer, run.device) / len(part.chosen)
     run.optimizer.zero_grad(set_to_none=True)
     for name, values in run.network.named_buffers():
         values.copy_(kept[name])
@@ -4657,26 +4699,27 @@ def seconds_to_come(run: Run, data: Data) -> float:
     tested = views * (len(data.split["test"]) + len(data.split["validation"]))
     tested += len(data.split["train"])
     timed = 8 * run.flags.BATCH_SIZE * run.flags.GRADIENT_ACCUMULATION_STEPS  # measure_speed
-    last = max(stage for stage in run.pace if stage != "answer")
-    after = tested / PROCESSES * run.pace["answer"] + timed / PROCESSES * run.pace[last]
+    last = max(run.pace.learning)
+    after = (tested * run.pace.answer + timed * run.pace.learning[last]) / PROCESSES
     correction = (spent + ahead) / (behind + ahead) if ahead else 1.0
     return correction * (ahead + after)
 
 
 def learning_seconds(epoch: int, run: Run, data: Data) -> float:
     """How long an epoch's training takes by the pace, with what kept features save."""
-    seconds = run.pace[stage_of(epoch, run)]
+    stage = stage_of(epoch, run)
+    seconds = run.pace.learning[stage]
     turn = epoch - stage_epochs(epoch, run)[0]
-    if features_serve(epoch, run) and turn >= views_to_keep(epoch, run):
-        seconds = max(0.0, seconds - run.pace["answer"])
+    if stage in run.pace.keeping and turn >= views_to_keep(epoch, run):
+        seconds = max(0.0, seconds - run.pace.answer)
     return seconds * len(data.split["train"]) / PROCESSES
 
 
 def validation_seconds(epoch: int, run: Run, data: Data) -> float:
     """How long an epoch's validation takes by the pace: hardly any time from kept features."""
-    if features_serve(epoch, run) and epoch > stage_epochs(epoch, run)[0]:
+    if stage_of(epoch, run) in run.pace.keeping and epoch > stage_epochs(epoch, run)[0]:
         return 0.0
-    return run.pace["answer"] * len(data.split["validation"]) / PROCESSES
+    return run.pace.answer * len(data.split["validation"]) / PROCESSES
 
 
 def time_left(run: Run, data: Data) -> str:
@@ -4819,9 +4862,11 @@ def report(job: Job) -> None:
     """Write report.txt, results.json and, once a model is finished, the plots."""
     folder = Path(job.flags.OUTPUT_DIR)
     results = collect_results(job)
-    families, notice = find_fonts(job.data.classes)
+    families, notice = find_fonts(plot_texts(job.data))
     if notice and finished_models(job):
         job.notices.append(notice)
+    if RANK == 0:
+        remove_older(job)
     write_report(results, job.notices, folder)
     write_test_predictions(job, results)
     write_train_labels(job)
@@ -4832,10 +4877,26 @@ def report(job: Job) -> None:
     if figures:
         say(f"Written to {folder}/: report.txt, results.json, test_predictions.csv, "
             f"train_labels.csv, {written.count(True)} plots, and the models in checkpoints/.")
-    if RANK == 0:
-        (folder / "ensemble.pt2").unlink(missing_ok=True)  # an older run's must not stay
-        if job.flags.EXPORT and all_finished(job):
-            hand_over(job, results)
+    if RANK == 0 and job.flags.EXPORT and all_finished(job):
+        hand_over(job, results)
+
+
+def remove_older(job: Job) -> None:
+    """Remove what an older run left in OUTPUT_DIR and this one may not write: it would mislead."""
+    folder = Path(job.flags.OUTPUT_DIR)
+    for name in ("ensemble.pt2", "test_predictions.csv", "train_labels.csv"):
+        (folder / name).unlink(missing_ok=True)
+    for name in model_names(job.flags.ARCHITECTURES):
+        for part in ("model.safetensors", "config.json"):
+            (folder / "models" / name / part).unlink(missing_ok=True)
+
+
+def plot_texts(data: Data) -> list[str]:
+    """What plots write of the user's own: the names of the classes, and of the test files."""
+    texts = list(data.classes)
+    if data.files:
+        texts += [data.files[index].name for index in data.split["test"].tolist()]
+    return texts
 
 
 def collect_results(job: Job) -> dict[str, Any]:
@@ -5731,7 +5792,8 @@ def drawn(name: str, draw: Callable[..., Any], *arguments: Any) -> Any:
 
 def save_plot(figure: Figure | None, file: Path) -> bool:
     """Write a plot, if there is one, to its file, where an older run's must not stay."""
-    file.unlink(missing_ok=True)
+    if RANK == 0:  # a later process would remove what it has just written
+        file.unlink(missing_ok=True)
     if figure:
         write_whole(file, functools.partial(figure.savefig, format="png"))
     return figure is not None
@@ -5746,15 +5808,15 @@ def plot_name(name: str, longest: int = 30) -> str:
     return "".join(characters).replace("$", r"\$")
 
 
-def find_fonts(classes: list[str]) -> tuple[list[str], str]:
-    """Font families that have a glyph for each character of the class names.
+def find_fonts(texts: list[str]) -> tuple[list[str], str]:
+    """Font families that have a glyph for each character of the texts.
 
     And a sentence about the characters that no font on this machine has, or "".
     """
     families = list(matplotlib.rcParams["font.family"])
     usual = glyphs(font_manager.findfont(font_manager.FontProperties()))
     lacking = set()
-    for character in set("".join(classes)) - usual:
+    for character in set("".join(texts)) - usual:
         if character.isprintable() and not unicodedata.combining(character):
             lacking.add(character)
     for font in installed_fonts() if lacking else []:
@@ -5766,8 +5828,8 @@ def find_fonts(classes: list[str]) -> tuple[list[str], str]:
         return families, ""
     examples = " ".join(sorted(lacking)[:10])
     wanted = ", ".join(sorted({font_for(character) for character in lacking}))
-    return families, (f"PLOTS: no font on this machine has {examples}, which class names need, so "
-                      f"the plots show boxes. Install {wanted}; with --resume true they are then "
+    return families, (f"PLOTS: no font on this machine has {examples}, which names need, so the "
+                      f"plots show boxes. Install {wanted}; with --resume true they are then "
                       "drawn anew.")
 
 
@@ -6118,6 +6180,9 @@ def predict_files(job: Job) -> None:
     if target.is_dir():
         write_answers(rows, len(unreadable) + len(others), job.flags)
         say_accuracy([paths[place] for place in readable], believed, target, classes)
+        if Path(runs[0].flags.DATASET).resolve().is_relative_to(target.resolve()):
+            say("The images that the models learned from are among these: only others can tell how "
+                "they fare on new ones.")
 
 
 def say_accuracy(paths: list[Path], probabilities: Tensor, target: Path,
@@ -6143,7 +6208,7 @@ def say_accuracy(paths: list[Path], probabilities: Tensor, target: Path,
     say(f"Accuracy: {percent(share)} ({span(interval)}) of the {len(places):,} images that lie in "
         "folders named as a class.")
     if len(places) < len(paths):
-        say(f"{len(paths) - len(places):,} images lie in no such folder, and don't count.")
+        say(f"Images that lie in no such folder, and don't count: {len(paths) - len(places):,}.")
     summary = over_classes(by_class(probabilities[places], truth, classes))
     say(f"Balanced accuracy, in which each class counts alike: "
         f"{percent(summary['balanced_accuracy'])} ({span(summary['balanced_interval'])}).")
@@ -6233,54 +6298,91 @@ def hand_over(job: Job, results: dict[str, Any]) -> None:
     """
     folder = Path(job.flags.OUTPUT_DIR)
     flags = SimpleNamespace(**vars(job.flags) | dict(COMPILE=False))
-    runs = {}
+    runs = []
+    refused = {}
     try:
         for tested in finished_models(job):
             name = tested.entry["name"]
             saved = torch.load(folder / "checkpoints" / f"{name}.pt", map_location="cpu",
                                weights_only=True)
-            runs[name] = stored_run(name, saved, flags, torch.device("cpu"))
-            write_model(runs[name], job.data, folder / "models" / name)
+            runs.append(stored_run(name, saved, flags, torch.device("cpu")))
+            why = try_to_write_model(runs[-1], job.data, folder / "models" / name)
+            if why:
+                refused[name] = why
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tensors on other devices: all are on the CPU
-            results["export"] = export_program(job, results, list(runs.values()))
-    except (Exception, SystemExit) as error:  # torch.export, a full disk, what timm can't describe
-        (folder / "ensemble.pt2").unlink(missing_ok=True)  # what wasn't tried isn't handed over
-        why = getattr(error, "__notes__", [reason(error)[:200]])
-        results["export"] = dict(file=None, why=f"{type(error).__name__}: {why[0]}")
+            made = export_program(job, results, runs)
+    except (Exception, SystemExit) as error:  # torch.export, a full disk
+        made = dict(file=None, why=failure(error))
+    results["export"] = made | dict(not_for_timm=refused)
     lines = section("Handing over", handing_over_lines(results))
     say(*lines)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, SystemExit):  # what is there already tells all but this
         report = (folder / "report.txt").read_text("utf-8")
         write_text(folder / "report.txt", "\n".join([report.rstrip("\n"), *lines, ""]))
-    write_text(folder / "results.json", f"{json.dumps(results, indent=1)}\n")
+        write_text(folder / "results.json", f"{json.dumps(results, indent=1)}\n")
+
+
+def failure(error: BaseException) -> str:
+    """What kept something from being made: the kind of the error, and its message in a line."""
+    why = getattr(error, "__notes__", [reason(error)[:200]])
+    return f"{type(error).__name__}: {why[0]}"
 
 
 def handing_over_lines(results: dict[str, Any]) -> list[str]:
     """What came of handing over, in sentences."""
     made = results["export"]
+    said = []
     if made["file"] is None:
-        said = (f"ensemble.pt2 was not made ({made['why']}). Nothing else is touched by that; "
-                "--predict answers as ever.")
-        return textwrap.wrap(said, REPORT_WIDTH)
+        said.append(f"ensemble.pt2 was not made ({made['why']}). Nothing else is touched by that; "
+                    "--predict answers as ever.")
+    else:
+        said += program_sentences(made, results["dataset"]["test_images"])
+    for name, why in made["not_for_timm"].items():
+        said.append(f"models/{name} was not written: timm can't describe it ({why}).")
+    for model in results["models"]:
+        if model["stands_in_for"] and model["name"] not in made["not_for_timm"]:
+            label = SHIPPED[model["architecture"]].label
+            said.append(f"models/{model['name']} holds {label}, which stood in for "
+                        f"{model['stands_in_for']}.")
+    return textwrap.wrap(" ".join(said), REPORT_WIDTH)
+
+
+def program_sentences(made: dict[str, Any], test_images: int) -> list[str]:
+    """How ensemble.pt2 answered the test images, as try_program found out."""
     count = made["images"]
-    same = "all of them"
-    if made["same_class"] < count:
-        same = f"{made['same_class']:,} of them"
-    whose = "this run does"
-    if not made["exact"]:
-        whose = "the models do in FP32 on a CPU"
+    whose = "this run does" if made["exact"] else "the models do in FP32 on a CPU"
     which = f"the {count:,} test images"
-    if count < results["dataset"]["test_images"]:
+    if count < test_images:
         which = f"the first {count:,} test images"
-    said = (f"{made['file']} ({made['bytes'] / 1e6:.0f} MB) answers {which} as "
-            f"{whose}: the same class for {same}, probabilities apart by at most "
-            f"{made['largest_difference']:.7f}.")
+    file = f"{made['file']} ({made['bytes'] / 1e6:.0f} MB)"
+    apart = f"probabilities apart by at most {made['largest_difference']:.7f}"
+    if made["same_class"] == count and made["largest_difference"] <= 1e-4:
+        said = [f"{file} answers {which} as {whose}: the same class for all of them, {apart}."]
+    else:
+        said = [f"{file} DOES NOT answer {which} as {whose}: the same class for "
+                f"{made['same_class']:,} of them, {apart}. Don't hand it over before you know why; "
+                "--predict answers as ever."]
     if not made["exact"]:
-        said = f"{said} This run itself names the same class for {made['as_reported']:,} of them."
-    said = (f"{said} It needs PyTorch alone: images in, probabilities out. models/ holds each "
-            "network for timm. README.md shows how to use both.")
-    return textwrap.wrap(said, REPORT_WIDTH)
+        said.append(f"This run itself names the same class for {made['as_reported']:,} of them.")
+    if made["originals"]:
+        said.append(f"Given {made['originals']:,} of them as they are in their files, at their own "
+                    f"size, it names the same class for {made['originals_same_class']:,}, "
+                    "probabilities apart by at most "
+                    f"{made['originals_largest_difference']:.7f}.")
+    said.append("It needs PyTorch alone: images in, probabilities out. models/ holds each network "
+                "for timm. README.md shows how to use both.")
+    return said
+
+
+def try_to_write_model(run: Run, data: Data, folder: Path) -> str:
+    """Write a network for timm, or leave no part of it; what kept it from being written, or ""."""
+    try:
+        write_model(run, data, folder)
+    except (Exception, SystemExit) as error:  # a full disk, a network that timm can't describe
+        shutil.rmtree(folder, ignore_errors=True)
+        return failure(error)
+    return ""
 
 
 def write_model(run: Run, data: Data, folder: Path) -> None:
@@ -6290,7 +6392,7 @@ def write_model(run: Run, data: Data, folder: Path) -> None:
     crop_modes = dict(crop="center", pad="border", squash="squash")  # in timm's words
     preprocessing = dict(input_size=(3, size, size), mean=run.mean.tolist(), std=run.std.tolist(),
                          interpolation="bilinear", crop_mode=crop_modes[run.flags.FIT],
-                         crop_pct=min(1.0, size / data.images.shape[-1]))
+                         crop_pct=shown_share(run.flags, data.images.shape[-1]))
     timm.models.save_for_hf(network, str(folder), safe_serialization=True,
                             model_config=dict(label_names=data.classes),
                             data_config=preprocessing)
@@ -6380,17 +6482,24 @@ def export_program(job: Job, results: dict[str, Any], runs: list[Run]) -> dict[s
         any_size = torch.export.Dim.DYNAMIC
         exported = torch.export.export(
             program, (example,), dynamic_shapes=({0: any_size, 2: any_size, 3: any_size},))
+    trained = {run.name: dict(architecture=run.weights.architecture, weights=run.weights.origin)
+               for run in runs}
     extra = {"classes.json": json.dumps(job.data.classes),
-             "flags.json": json.dumps(vars(job.flags))}
+             "flags.json": json.dumps(vars(job.flags)), "models.json": json.dumps(trained)}
     content = io.BytesIO()
     torch.export.save(exported, content, extra_files=extra)
     file = Path(job.flags.OUTPUT_DIR, "ensemble.pt2")
     write_whole(file, lambda stream: stream.write(content.getbuffer()))
-    return dict(file=str(file), bytes=file.stat().st_size, why="",
-                **try_program(file, program, job, results))
+    try:
+        tried = try_program(file, program, job, results)
+    except BaseException:  # also when it is interrupted
+        file.unlink(missing_ok=True)  # what wasn't tried isn't handed over
+        raise
+    return dict(file=str(file), bytes=file.stat().st_size, why="") | tried
 
 
 TRIED_OFF_CPU = 500  # test images at most, where a GPU trained what a CPU is to answer
+ORIGINALS = 100  # test images at most that are also given as they are in their files
 
 
 @torch.no_grad()
@@ -6418,13 +6527,40 @@ def try_program(file: Path, module: HandedOver, job: Job,
     answers = torch.cat(parts)
     reported = at_temperature(final_probabilities(job), final_temperature(results))[: len(chosen)]
     wanted = reported if exact else torch.cat(own_parts)
+    originals = try_originals(program, wanted, data)
     return dict(
         images=len(answers),
         exact=exact,
-        same_class=int((answers.argmax(1) == wanted.argmax(1)).sum()),
+        same_class=same_class(answers, wanted),
         largest_difference=float((answers - wanted).abs().max()),
-        as_reported=int((answers.argmax(1) == reported.argmax(1)).sum()),
+        as_reported=same_class(answers, reported),
+        **originals,
     )
+
+
+def same_class(left: Tensor, right: Tensor) -> int:
+    """For how many images two answers [n, classes] have the same class on top."""
+    return int((left.argmax(1) == right.argmax(1)).sum())
+
+
+def try_originals(program: nn.Module, wanted: Tensor, data: Data) -> dict[str, Any]:
+    """Compare what a program answers to test images at their own size with what is wanted of it.
+
+    wanted: probabilities [n, classes] of the first n test images, of which some are taken evenly.
+    """
+    places = []
+    answers = []
+    if data.files:
+        places = torch.linspace(0, len(wanted) - 1, min(len(wanted), ORIGINALS)).long().tolist()
+    for place in places:
+        file = data.files[int(data.split["test"][place])]
+        pixels = read_image(file, lambda image: np.array(as_seen(image, data.scale)))
+        answers.append(program(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
+    if not answers:
+        return dict(originals=0)
+    made = torch.cat(answers)
+    return dict(originals=len(places), originals_same_class=same_class(made, wanted[places]),
+                originals_largest_difference=float((made - wanted[places]).abs().max()))
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def test_a_run_on_a_folder_names_files_and_predict_tells_its_accuracy(tmp_path, 
     assert right == sorted(right)  # the wrong ones first
     final = results["models"][0]
     assert sum(right) / len(right) == pytest.approx(final["tta_accuracy"])
-    # A test set that came later: one image in no class's folder, one class in capitals
+    # A test set that came later: one image in no class's folder
     later = make_folder(tmp_path / "later", count=4)
     (later / "owl" / "0.png").rename(later / "0.png")
     at.main(["--predict", str(later), *output])
@@ -174,9 +174,12 @@ def test_a_run_on_a_folder_names_files_and_predict_tells_its_accuracy(tmp_path, 
     counted = [row for row in rows if row["path"] != str(later / "0.png")]
     share = sum(f"/{row['class_1']}/" in row["path"] for row in counted) / len(counted)
     assert f"Accuracy: {share:.1%} (" in printed and "of the 11 images" in printed
-    assert "1 images lie in no such folder" in printed and "Balanced accuracy" in printed
+    assert "in no such folder, and don't count: 1." in printed and "Balanced accuracy" in printed
+    assert "learned from are among these" not in printed
     at.main(["--predict", str(later / "cat"), *output])
     assert "Accuracy" not in capsys.readouterr().out
+    at.main(["--predict", str(folder), *output])
+    assert "The images that the models learned from are among these" in capsys.readouterr().out
 
 
 def uneven_data() -> at.Data:

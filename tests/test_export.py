@@ -63,7 +63,7 @@ import json, sys
 sys.modules.update(dict.fromkeys(("timm", "torchvision", "advanced_techniques")))  # can't be had
 import numpy as np, torch
 from PIL import Image
-extra = {"classes.json": "", "flags.json": ""}
+extra = {"classes.json": "", "flags.json": "", "models.json": ""}
 program = torch.export.load(sys.argv[1], extra_files=extra).module()
 answers = {}
 for path in sys.argv[2:]:
@@ -78,6 +78,8 @@ assert torch.allclose(program(three), one_by_one, atol=1e-6)
 for size in ((1, 1), (1, 900), (900, 1), (2000, 2100)):
     sums = program(torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)).sum()
     assert abs(float(sums) - 1) < 1e-5
+models = json.loads(extra["models.json"])
+assert models["test_vit"]["architecture"] == "test_vit", models
 print(json.dumps([answers, json.loads(extra["flags.json"])]))
 """
 
@@ -135,6 +137,7 @@ def test_timm_loads_each_network_with_its_classes_in_a_fresh_process(name, train
     network.load_state_dict(saved["state_dict"])
     torch.testing.assert_close(answers, network.eval()(images))
     described = json.loads((folder / "config.json").read_text())
+    assert settings["crop_mode"] == "border" and settings["crop_pct"] == 1.0  # FIT is "pad"
     assert described["label_names"] == ["cat", "dog", "owl"] and described["num_classes"] == 3
     mean = at.timm.get_pretrained_cfg(name).mean
     assert tuple(settings["mean"]) == mean and tuple(settings["input_size"]) == (3, 32, 32)
@@ -171,7 +174,57 @@ def test_a_program_that_answers_otherwise_is_not_praised(tmp_path, capsys, monke
     at.report(job)
     made = json.loads((tmp_path / "results.json").read_text())["export"]
     assert made["same_class"] < 10 and made["largest_difference"] > 1e-3
-    assert "the same class for all" not in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the same class for all" not in printed and "DOES NOT answer the 10 test" in printed
+
+
+def test_probabilities_apart_are_not_praised_either(tmp_path, capsys, monkeypatch):
+    job = small_job(tmp_path)
+    make = at.HandedOver.forward
+    monkeypatch.setattr(at.HandedOver, "forward", lambda self, images: make(self, images) * 0.999)
+    at.report(job)
+    made = json.loads((tmp_path / "results.json").read_text())["export"]
+    assert made["same_class"] == 10 and made["largest_difference"] > 1e-4
+    assert "DOES NOT answer the 10 test" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_temperature_is_inside(tmp_path):
+    run, data = run_of("test_resnet", OUTPUT_DIR=str(tmp_path)), random_data()
+    images = data.images[data.split["test"]]
+    run.network.eval()
+    with torch.no_grad():
+        plain = at.HandedOver([run], 36, 1.0)(images)
+        sharp = at.HandedOver([run], 36, 0.5)(images)
+    torch.testing.assert_close(sharp, at.at_temperature(plain, 0.5), check_dtype=False)
+    assert (sharp.amax(1) > plain.amax(1)).all()
+
+
+@pytest.mark.parametrize("changes", [dict(use_tta=False), dict(horizontal_flip=False),
+                                     dict(use_ensemble=False), dict(compile=True)])
+def test_the_program_follows_the_flags(changes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(at.nn.Module, "compile", lambda self: None)  # minutes, else
+    at.main(arguments(make_folder(tmp_path / "pets", count=12), tmp_path / "out", **changes))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    made = results["export"]
+    assert made["same_class"] == made["images"] == results["dataset"]["test_images"]
+    assert made["largest_difference"] < 1e-5
+
+
+def test_photographs_at_their_own_size_are_answered_as_by_the_run(tmp_path):
+    """A JPEG that is far larger than what the networks see, as cameras make them."""
+    folder = make_folder(tmp_path / "pets", count=12)
+    random = np.random.default_rng(0)
+    for number, file in enumerate(sorted(folder.rglob("*.png"))):
+        pixels = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        photograph = Image.fromarray(pixels).resize((480, 360 + number % 3), Image.BICUBIC)
+        photograph.save(file.with_suffix(".jpg"), quality=92)
+        file.unlink()
+    at.main(arguments(folder, tmp_path / "out"))
+    made = json.loads((tmp_path / "out" / "results.json").read_text())["export"]
+    assert made["originals"] == made["originals_same_class"] == made["images"]
+    assert made["originals_largest_difference"] < 1e-4
+    report = " ".join((tmp_path / "out" / "report.txt").read_text().split())
+    assert f"Given {made['images']} of them as they are in their files" in report
 
 
 def break_export(monkeypatch, tmp_path):
@@ -215,6 +268,71 @@ def test_what_can_not_be_exported_is_said_and_costs_nothing_else(trouble, tmp_pa
     assert results["export"]["file"] is None and results["models"][0]["test_accuracy"] is not None
 
 
+def test_a_network_that_timm_can_not_describe_costs_its_folder_only(tmp_path, capsys, monkeypatch):
+    job = small_job(tmp_path)
+
+    def refuse(network, folder, **_):
+        Path(folder, "model.safetensors").write_bytes(b"half of it")
+        raise ValueError("it can't be described")
+
+    monkeypatch.setattr(at.timm.models, "save_for_hf", refuse)
+    (tmp_path / "models" / "test_resnet").mkdir(parents=True)
+    at.report(job)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "models/test_resnet was not written" in printed and "it can't be described" in printed
+    assert (tmp_path / "ensemble.pt2").is_file() and "the same class for all" in printed
+    assert not (tmp_path / "models" / "test_resnet").exists()
+
+
+def test_a_disk_that_stays_full_costs_no_report(tmp_path, capsys, monkeypatch):
+    job = small_job(tmp_path)
+
+    def fill(*_):
+        def refuse(file, work):
+            at.stop(f"{file} can't be written (No space left on device).")
+        monkeypatch.setattr(at, "write_whole", refuse)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(at, "write_model", fill)
+    at.report(job)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "ensemble.pt2 was not made" in printed and "No space left" in printed
+    assert "Diagnosis" in (tmp_path / "report.txt").read_text()
+
+
+def test_a_program_that_was_not_tried_to_the_end_is_not_left(tmp_path, monkeypatch):
+    job = small_job(tmp_path)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(at, "try_program", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        at.report(job)
+    assert not (tmp_path / "ensemble.pt2").exists()
+
+
+def test_what_an_older_run_left_does_not_stay_beside_another_run(tmp_path):
+    job = small_job(tmp_path)
+    at.report(job)
+    left = ["ensemble.pt2", "test_predictions.csv", "train_labels.csv",
+            "models/test_resnet/config.json", "models/test_resnet/model.safetensors"]
+    assert all((tmp_path / name).is_file() for name in left)
+    (tmp_path / "models" / "mine.txt").write_text("a user's own")
+    unfinished = at.Job(job.flags, CPU, job.data)
+    at.report(unfinished)
+    assert not any((tmp_path / name).exists() for name in left)
+    assert (tmp_path / "models" / "mine.txt").is_file()
+
+
+def test_a_stand_in_is_named_as_what_it_is(tmp_path, capsys):
+    job = small_job(tmp_path)
+    job.tested[0].entry.update(stands_in_for="resnet18", architecture="tf_efficientnet_lite0")
+    lines = at.handing_over_lines(dict(
+        models=[job.tested[0].entry], export=dict(file=None, why="", not_for_timm={})))
+    assert "holds EfficientNet-Lite0, which stood in for resnet18" in " ".join(lines)
+
+
 def test_nothing_is_exported_where_it_is_switched_off_or_the_run_not_finished(tmp_path, capsys):
     job = small_job(tmp_path)
     (tmp_path / "ensemble.pt2").write_bytes(b"an older run's")
@@ -235,7 +353,7 @@ def test_what_lies_at_the_edge_of_wide_images_is_seen_unless_it_is_cropped(fit, 
         (tmp_path / "marks" / name).mkdir(parents=True)
         for number in range(40):
             pixels = random.integers(0, 80, (24, 72, 3), dtype=np.uint8)
-            edge = slice(0, 12) if label == 0 else slice(60, 72)
+            edge = slice(0, 4) if label == 0 else slice(68, 72)
             pixels[6:18, edge] = (255, 200, 0)
             Image.fromarray(pixels).save(tmp_path / "marks" / name / f"{number}.png")
     at.main(arguments(tmp_path / "marks", tmp_path / "out", fit=fit, architectures="test_resnet",

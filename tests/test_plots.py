@@ -1,5 +1,6 @@
 """The plots: class names of every kind, and a plot that fails costs nothing else."""
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -102,7 +103,9 @@ def test_a_font_is_found_by_the_characters_that_it_has(tmp_path, monkeypatch):
     monkeypatch.setattr(matplotlib.font_manager.fontManager, "ttflist",
                         list(matplotlib.font_manager.fontManager.ttflist))
     monkeypatch.setattr(matplotlib.font_manager, "findSystemFonts", lambda: files)
-    families, notice = at.find_fonts(["猫", "犬 and cat"])
+    data = dataclasses.replace(random_data(), classes=["猫", "cat"], indices=None)
+    data.files = [Path("犬 and cat.png")] * len(data.images)  # of which captions show the names
+    families, notice = at.find_fonts(at.plot_texts(data))
     assert families[-1] == "Test Squares" and notice == ""
     data = random_data(count=200)
     data.classes = ["猫", "犬", "cat", "dog"]

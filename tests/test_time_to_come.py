@@ -1,5 +1,6 @@
 """How long a run will take is said before it does, from what was measured."""
 
+import dataclasses
 import re
 
 import pytest
@@ -8,22 +9,24 @@ from conftest import CPU, quick_flags, random_data, run_of
 
 import advanced_techniques as at
 
-PACE = {0: 0.011, 1: 0.02, 2: 0.03, 3: 0.04, "answer": 0.01}  # seconds an image
+LEARNING = {0: 0.011, 1: 0.02, 2: 0.03, 3: 0.04}  # seconds an image, by stage
+PACE = at.Pace(LEARNING, answer=0.01, keeping={0, 1, 2, 3})
 
 
 def timed(done: int = 0, slower: float = 1.0, **changes) -> tuple[at.Run, at.Data]:
     """A run of 20 epochs with some behind it, which took so many times what the pace says."""
     run, data = run_of("test_resnet", NUM_EPOCHS=20, **changes), random_data()
-    run.pace = dict(PACE)
+    run.pace = PACE
     for epoch in range(done):
         run.epochs.append(dict(seconds=slower * at.learning_seconds(epoch, run, data)))
     return run, data  # 20 images to train on, 10 to validate, 10 to test
 
 
 def test_an_epoch_takes_its_stage_s_pace_and_validation():
-    run, data = timed(FEATURE_VIEWS=0)
+    run, data = timed()
+    run.pace = dataclasses.replace(PACE, keeping=set())
     for epoch, stage in ((0, 0), (5, 1), (10, 2), (19, 3)):
-        assert at.learning_seconds(epoch, run, data) == pytest.approx(20 * PACE[stage])
+        assert at.learning_seconds(epoch, run, data) == pytest.approx(20 * LEARNING[stage])
         assert at.validation_seconds(epoch, run, data) == pytest.approx(10 * 0.01)
 
 
@@ -55,12 +58,46 @@ def test_the_trial_leaves_the_network_as_it_was():
     run, data = run_of("test_resnet", NUM_EPOCHS=20), random_data()
     before = {name: values.clone() for name, values in run.network.state_dict().items()}
     pace = at.measure_pace(run, data)
-    assert set(pace) == {0, 1, 2, 3, "answer"} and min(pace.values()) > 0
+    assert set(pace.learning) == {0, 1, 2, 3} and min(pace.learning.values()) > 0
+    assert pace.answer > 0 and pace.keeping == {0, 1, 2, 3}
     for name, values in run.network.state_dict().items():
         assert torch.equal(values, before[name]), name
     assert all(parameter.grad is None for parameter in run.network.parameters())
     whole = run_of("test_resnet", NUM_EPOCHS=20, GRADUAL_UNFREEZING=False)
-    assert set(at.measure_pace(whole, data)) == {0, "answer"}
+    pace = at.measure_pace(whole, data)
+    assert set(pace.learning) == {0} and not pace.keeping
+
+
+def test_features_that_memory_does_not_hold_save_no_time():
+    run, data = run_of("test_resnet", NUM_EPOCHS=20, MEMORY_GB=2e-5), random_data()
+    keeping = at.measure_pace(run, data).keeping
+    assert keeping and keeping < {0, 1, 2, 3}  # those of the head alone are small
+    for epoch, stage in ((0, 0), (5, 1), (10, 2), (15, 3)):
+        at.unfreeze(run, at.groups_learning(epoch, run))
+        run.kept = None
+        kept = at.keep_features(run, data, epoch)
+        assert (kept.tail is not None) == (stage in keeping)
+
+
+def test_the_models_after_a_resumed_one_take_their_whole_time(capsys, monkeypatch):
+    run, data = timed(done=19, ARCHITECTURES=("test_resnet",) * 3)
+    whole, _ = timed()
+    run.name = "test_resnet_1"
+    monkeypatch.setattr(at, "measure_pace", lambda run, data: PACE)
+    monkeypatch.setattr(at, "duration", lambda seconds: f"{seconds:.3f}")
+    at.say_time_to_come(run, data)
+    in_all = at.seconds_to_come(run, data) + 2 * at.seconds_to_come(whole, data)
+    assert f"about {in_all:.3f} in all" in capsys.readouterr().out
+
+
+def test_the_ablation_is_announced_with_the_model_that_comes_before_it(capsys, monkeypatch):
+    monkeypatch.setattr(at, "measure_pace", lambda run, data: PACE)
+    run, data = timed(ARCHITECTURES=("test_resnet",), ABLATION=True)
+    at.say_time_to_come(run, data)
+    assert "the ablation comes after that." in capsys.readouterr().out
+    run.name = "ablation_nothing_1"
+    at.say_time_to_come(run, data)
+    assert "comes after" not in capsys.readouterr().out
 
 
 def test_training_is_the_same_with_the_trial_and_without():
@@ -80,7 +117,7 @@ def test_training_is_the_same_with_the_trial_and_without():
 def test_the_run_is_estimated_from_the_models_to_come(place, said, capsys, monkeypatch):
     run, data = timed(ARCHITECTURES=("test_resnet",) * 3)
     run.name = f"test_resnet_{place + 1}"
-    monkeypatch.setattr(at, "measure_pace", lambda run, data: dict(PACE))
+    monkeypatch.setattr(at, "measure_pace", lambda run, data: PACE)
     at.say_time_to_come(run, data)
     printed = capsys.readouterr().out
     assert said in printed and f"About {at.duration(at.seconds_to_come(run, data))} for" in printed
@@ -108,7 +145,7 @@ def test_times_are_said_in_the_unit_that_suits_them(seconds, said):
 def test_nothing_is_promised_where_compiling_takes_the_time(capsys):
     run, data = timed(COMPILE=False)
     run.flags.COMPILE = True
-    run.pace = {}
+    run.pace = None
     at.say_time_to_come(run, data)
     assert capsys.readouterr().out == "" and at.time_left(run, data) == ""
 
@@ -118,6 +155,8 @@ def test_the_run_also_tries_what_it_hands_over():
     assert at.trial_seconds(run, data) == pytest.approx(10 * 4 * 0.01)
     run.flags.USE_TTA = False
     assert at.trial_seconds(run, data) == pytest.approx(10 * 0.01)
+    run.precision = torch.bfloat16  # then the models answer in FP32 as well
+    assert at.trial_seconds(run, data) == pytest.approx(2 * 10 * 0.01)
     run.flags.EXPORT = False
     assert at.trial_seconds(run, data) == 0
 
@@ -125,7 +164,7 @@ def test_the_run_also_tries_what_it_hands_over():
 def test_the_run_s_time_counts_every_model_s_share_of_that_trial(capsys, monkeypatch):
     run, data = timed(ARCHITECTURES=("test_resnet",) * 3, EXPORT=True)
     run.name = "test_resnet_1"
-    monkeypatch.setattr(at, "measure_pace", lambda run, data: dict(PACE))
+    monkeypatch.setattr(at, "measure_pace", lambda run, data: PACE)
     monkeypatch.setattr(at, "duration", lambda seconds: f"{seconds:.3f}")
     at.say_time_to_come(run, data)
     in_all = 3 * at.seconds_to_come(run, data) + 3 * 0.4
