@@ -456,7 +456,7 @@ def train_model(run: Run, data: Data) -> None:
     The validation images are never trained on and never augmented: what they say is what other
     images would say, and every choice is made by them. The test images are left for the end.
     """
-    run.memory_before = reset_peak_memory(run.device)
+    count_memory_from_here(run)
     for epoch in range(len(run.epochs), run.flags.NUM_EPOCHS):
         entry = train_epoch(run, data, epoch)
         loss, accuracy = score(validate(run, data), data.truth("validation"))
@@ -3680,8 +3680,8 @@ def make_weights(name: str, flags: SimpleNamespace, found: Found) -> Weights:
         return Weights(name, random, None, notice=found.notice)
     origin = f"ImageNet weights of {SHIPPED[architecture].label}"
     overlay = dict(state_dict=stand_in_weights(architecture))
-    if architecture == name:
-        return Weights(name, origin, overlay, notice=found.notice)
+    if architecture == name.split(".")[0]:
+        return Weights(architecture, origin, overlay, notice=found.notice)
     return Weights(architecture, origin, overlay, name, found.notice)
 
 
@@ -3693,8 +3693,12 @@ def file_overlay(file: str) -> dict[str, Any]:
 
 
 def choose_shipped(name: str) -> str | None:
-    """Which of SHIPPED serves an architecture: itself, its stand-in, else any that is installed."""
-    for architecture in (name, STAND_INS.get(name, STAND_IN), *SHIPPED):
+    """Which of SHIPPED serves an architecture: itself, its stand-in, else any that is installed.
+
+    timm's tags, as in resnet18.a1_in1k, tell weights apart and not architectures.
+    """
+    untagged = name.split(".")[0]
+    for architecture in (untagged, STAND_INS.get(untagged, STAND_IN), *SHIPPED):
         if architecture in SHIPPED and shipped_file_class(architecture):
             return architecture
     return None
@@ -4317,7 +4321,7 @@ def ablate(job: Job) -> list[dict[str, Any]]:
     variants: dict[str, dict[str, Any]] = {"everything": {}}
     nothing: dict[str, Any] = {}
     for name, off in without_technique(job.flags).items():
-        if is_on(off, job.flags):
+        if is_on(off, job.flags) and not too_much_for_processes(name):
             nothing |= off
         if name not in unused and "USE_TTA" not in off:
             variants[f"without {name}"] = off
@@ -4332,8 +4336,13 @@ def ablate(job: Job) -> list[dict[str, Any]]:
 def ablation_to_come(job: Job, variants: dict[str, dict[str, Any]]) -> str:
     """How many trainings the ablation makes, and how long they take by what the first one took."""
     entry, speed = job.tested[0].entry, job.tested[0].speed or {}
-    gradual = entry["seconds"]
-    all_layers = gradual / (1 - (speed.get("freezing_saves") or 0.0))
+    images = len(job.data.split["validation"]) / len(job.data.split["test"])
+    validation = images * entry["plain_seconds"]  # of an epoch, where no features are kept
+    kept = [epoch for epoch in entry["epochs"] if epoch.get("kept_features")]
+    all_layers = entry["seconds"] / (1 - (speed.get("freezing_saves") or 0.0))
+    all_layers += entry["tta_seconds"] + validation * len(entry["epochs"])
+    gradual = entry["seconds"] + entry["tta_seconds"]
+    gradual += validation * (len(entry["epochs"]) - len(kept))
     seed = []  # what each training with one seed takes
     for off in variants.values():
         seed.append(gradual if off.get("GRADUAL_UNFREEZING", True) else all_layers)
@@ -4352,10 +4361,19 @@ def is_on(off: dict[str, Any], flags: SimpleNamespace) -> bool:
     return any(getattr(flags, name) != value for name, value in off.items())
 
 
+def too_much_for_processes(technique: str) -> bool:
+    """Whether to be without it may take more memory than one of several processes may try for.
+
+    Where memory runs out, a single process halves its micro-batch; several have to stop.
+    """
+    return technique in ("mixed precision", "gradient accumulation") and PROCESSES > 1
+
+
 def unused_techniques(job: Job) -> dict[str, str]:
     """The techniques that can't be measured, each with the reason."""
     unused = {}
-    for name, off in without_technique(job.flags).items():
+    techniques = without_technique(job.flags)
+    for name, off in techniques.items():
         if not is_on(off, job.flags):
             unused[name] = "it is off in this run"
     first = job.tested[0].entry
@@ -4363,6 +4381,8 @@ def unused_techniques(job: Job) -> dict[str, str]:
         unused.setdefault("mixed precision", f"not in use here: {first['precision_why']}")
     if not job.weights[0].trained:
         unused.setdefault("gradual unfreezing", "not in use here: random weights are never frozen")
+    for name in filter(too_much_for_processes, techniques):
+        unused.setdefault(name, "several processes can't try how much fits in memory at once")
     return unused
 
 
@@ -4370,16 +4390,16 @@ def in_equal_time(flags: SimpleNamespace,
                   runs: dict[str, list[Tested]]) -> dict[str, dict[str, Any]]:
     """All layers from the start for as many whole epochs as the gradual schedule leaves time for.
 
-    Its schedule is as much shorter. No variant where gradual unfreezing saves no epoch.
+    Its schedule is as much shorter. No variant where none fits, or no epoch is saved.
     """
 
     def whole_epochs() -> int:
         gradual = runs["everything"][0].entry["seconds"]
         an_epoch = runs["without gradual unfreezing"][0].entry["seconds"] / flags.NUM_EPOCHS
-        return max(1, int(gradual / an_epoch))
+        return int(gradual / an_epoch)
 
     epochs = from_first_process(whole_epochs)  # each has a clock of its own
-    if epochs >= flags.NUM_EPOCHS:
+    if not 1 <= epochs < flags.NUM_EPOCHS:
         return {}
     return {"in equal time": dict(GRADUAL_UNFREEZING=False, NUM_EPOCHS=epochs)}
 
@@ -4411,17 +4431,27 @@ def ledger(job: Job, runs: dict[str, list[Tested]], unused: dict[str, str]) -> l
         elif name == "test-time augmentation":  # the same models, tested without it
             bare = [as_tested(run, False) for run in runs["everything"]]
             rows.append(ledger_row(name, on, bare, labels))
+        elif name == "gradient accumulation" and was_halved(runs[f"without {name}"]):
+            rows.append(not_measured(name, "an update's images don't fit in memory all at once"))
         else:
             off = [as_tested(run, tta) for run in runs[f"without {name}"]]
             rows.append(ledger_row(name, on, off, labels))
         if name == "gradual unfreezing" and name not in unused:
             rows.append(equal_time_row(on, runs, tta, labels))
     bare = [as_tested(run, False) for run in runs["nothing"]]
-    rows.append(ledger_row("all of these together", on, bare, labels))
-    for voters, what in ((runs["everything"], "seeds"), (job.tested, "architectures")):
+    together = ledger_row("all of these together", on, bare, labels)
+    rows.append(together | dict(memory_ran_out=was_halved(runs["nothing"])))
+    kinds = {tested.entry["architecture"] for tested in job.tested}
+    what = "architectures" if len(kinds) == len(job.tested) else "models"
+    for voters, called in ((runs["everything"], "seeds"), (job.tested, what)):
         if len(voters) > 1:
-            rows.append(vote_row(f"soft vote of {len(voters)} {what}", voters, tta, labels))
+            rows.append(vote_row(f"soft vote of {len(voters)} {called}", voters, tta, labels))
     return rows
+
+
+def was_halved(runs: list[Tested]) -> bool:
+    """Whether memory ran out in one of several equal trainings, so that micro-batches shrank."""
+    return any(run.entry.get("memory_ran_out") for run in runs)  # older checkpoints don't tell
 
 
 def not_measured(technique: str, why: str) -> dict[str, Any]:
@@ -4434,7 +4464,7 @@ def equal_time_row(on: list[dict[str, Any]], runs: dict[str, list[Tested]], tta:
     """Gradual unfreezing against all layers from the start for as long, if not as many epochs."""
     name = "the same, in equal time"
     if "in equal time" not in runs:
-        return not_measured(name, "gradual unfreezing saves no time here")
+        return not_measured(name, "in its time all layers would get no epoch, or no fewer")
     shorter = [as_tested(run, tta) for run in runs["in equal time"]]
     epochs = len(runs["in equal time"][0].entry["epochs"])
     return ledger_row(name, on, shorter, labels) | dict(epochs_off=epochs)
@@ -4447,7 +4477,7 @@ def vote_row(name: str, voters: list[Tested], tta: bool, labels: Tensor) -> dict
     vote = dict(
         final=soft_vote([answer["final"] for answer in answers]),
         spent=sum(answer["spent"] for answer in answers),
-        memory=best["memory"],
+        memory=None,  # one after the other, they take no more than the largest
     )
     return ledger_row(name, [vote], [best], labels)
 
@@ -4480,6 +4510,8 @@ def crossed_interval(differences: np.ndarray) -> tuple[float, list[float]]:
     variances = [means.var(ddof=1) / len(means) for means in samples]
     variance = sum(variances)
     if variance == 0:
+        if change:  # a few images that all changed alike tell nothing of how others vary
+            return change, [-1.0, 1.0]
         return change, [change, change]
     terms = [part**2 / (len(means) - 1) for part, means in zip(variances, samples, strict=True)]
     freedom = variance**2 / sum(terms)
@@ -4562,7 +4594,7 @@ def reset_peak_memory(device: torch.device) -> int | None:
 
     Returns the bytes that are in use now, or None where the system can't tell.
     """
-    with contextlib.suppress(OSError, AttributeError, RuntimeError):
+    with contextlib.suppress(OSError, AttributeError, RuntimeError, TypeError):
         if device.type == "cpu":
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
@@ -4581,6 +4613,12 @@ def peak_memory(device: torch.device) -> int | None:
         return torch.accelerator.max_memory_allocated()
     except (OSError, RuntimeError, TypeError):  # TypeError: a status without VmHWM
         return None
+
+
+def count_memory_from_here(run: Run) -> None:
+    """Begin to count what a model's training takes; not if it was resumed: part of it is gone."""
+    before = reset_peak_memory(run.device)
+    run.memory_before = None if run.epochs else before
 
 
 def training_memory(run: Run) -> int | None:
@@ -4741,9 +4779,10 @@ def duration(seconds: float) -> str:
 
 def measure_update(run: Run, data: Data, precision: torch.dtype | None,
                    micro_batch: int) -> tuple[float, int | None]:
-    """Images/s of updates that train all layers, the median of three, and peak memory in bytes.
+    """Images/s of updates that train all layers, the median of three, and the bytes they take.
 
-    The updates have a rate of 0, but BatchNorm's statistics move: the model is spent.
+    Above what was in use before; None where that can't be told. The updates have a rate of 0, but
+    BatchNorm's statistics move: the model is spent.
     """
     timed = dataclasses.replace(run, optimizer=make_optimizer(run.groups, run.flags),
                                 scaler=make_scaler(run.device, precision), precision=precision,
@@ -4760,10 +4799,12 @@ def measure_update(run: Run, data: Data, precision: torch.dtype | None,
     def within() -> Tensor:
         return within_memory(one_update, timed)
 
-    reset_peak_memory(run.device)
+    before = reset_peak_memory(run.device)
     seconds_of(within, run.device)  # to warm up
     seconds = [seconds_of(within, run.device) for _ in range(3)]
-    return part.images / sorted(seconds)[1], peak_memory(run.device)
+    peak = peak_memory(run.device)
+    taken = peak - before if peak and before else None
+    return part.images / sorted(seconds)[1], taken
 
 
 def measure_speed(run: Run, data: Data) -> dict[str, Any]:
@@ -4883,12 +4924,13 @@ def report(job: Job) -> None:
 
 def remove_older(job: Job) -> None:
     """Remove what an older run left in OUTPUT_DIR and this one may not write: it would mislead."""
-    folder = Path(job.flags.OUTPUT_DIR)
-    for name in ("ensemble.pt2", "test_predictions.csv", "train_labels.csv"):
-        (folder / name).unlink(missing_ok=True)
+    left = ["ensemble.pt2", "test_predictions.csv", "train_labels.csv"]
+    left += [f"{name}.png" for name in PLOTS]
     for name in model_names(job.flags.ARCHITECTURES):
-        for part in ("model.safetensors", "config.json"):
-            (folder / "models" / name / part).unlink(missing_ok=True)
+        left += [f"models/{name}/{part}" for part in TIMM_FILES]
+    for name in left:
+        with contextlib.suppress(OSError):  # one that is open elsewhere costs no report
+            Path(job.flags.OUTPUT_DIR, name).unlink(missing_ok=True)
 
 
 def plot_texts(data: Data) -> list[str]:
@@ -5021,6 +5063,8 @@ def name_strengths(compared: list[dict[str, Any]]) -> None:
     if all(entry["training_images_per_second"] for entry in compared):
         award("fastest to train", lambda entry: entry["training_images_per_second"])
         award("fastest to answer", lambda entry: entry["inference_images_per_second"])
+    if len({entry["trained"] for entry in compared}) < len(compared):
+        return  # one network stood in for several: its seeds would be compared
     award(MOST_ACCURATE, lambda entry: entry["accuracy"])
     # Twice the time is worth it where it halves the errors.
     award(BEST_FOR_ITS_TIME, lambda entry: (entry["accuracy"] - 1) * entry["seconds"])
@@ -5099,6 +5143,7 @@ def trained_entry(run: Run, data: Data) -> dict[str, Any]:
             untested.append(prefix + figure)
     return dict(name=run.name, architecture=run.weights.architecture, weights=run.weights.origin,
                 stands_in_for=run.weights.stands_in_for,
+                memory_ran_out=run.micro_batch < run.flags.BATCH_SIZE,
                 parameters=count_parameters(run.network), seconds=spent,
                 images_per_second=len(data.split["train"]) * len(run.epochs) / spent,
                 train_accuracy=last["train_accuracy"],
@@ -5347,14 +5392,16 @@ def calibration_table(results: dict[str, Any]) -> list[str]:
     if not fitted:
         return [*shown, "Without a temperature --predict answers with probabilities as they are."]
     validation = results["dataset"]["validation_images"]
+    answers = "--predict answers at this temperature."
+    if final_temperature(results) == 1.0:
+        answers = "What --predict answers with has none: it stays as it is."
     return [
         *shown,
         "One temperature a model and one for the vote (Guo et al., 2017): each probability to the "
         "power of 1/temperature, adding",
         f"up to 1 again. Fitted on the {validation:,} validation images, shown on the test images, "
         "with the same views. Below 1: it was",
-        "less sure than it may be. The likeliest class stays the same. --predict answers at this "
-        "temperature.",
+        f"less sure than it may be. The likeliest class stays the same. {answers}",
     ]
 
 
@@ -5430,8 +5477,10 @@ def architectures_table(results: dict[str, Any]) -> list[str]:
     if not compared:
         return []
     lines = [heading_row(ARCHITECTURE_COLUMNS)]
+    stood_in = [entry for entry in compared if entry["trained"] != entry["name"]]
     for entry in compared:
-        lines.append(table_row(ARCHITECTURE_COLUMNS, architecture_cells(entry)))
+        cells = architecture_cells(entry, among_stand_ins=bool(stood_in))
+        lines.append(table_row(ARCHITECTURE_COLUMNS, cells))
     flags = results["flags"]
     lines += [
         f"Measured here: GFLOP of an image's forward pass at {flags['IMAGE_SIZE']} px "
@@ -5442,7 +5491,6 @@ def architectures_table(results: dict[str, Any]) -> list[str]:
         "Accuracies that differ by less",
         "than their intervals above may differ by chance.",
     ]
-    stood_in = [entry for entry in compared if entry["trained"] != entry["name"]]
     if stood_in:
         names = [f"{SHIPPED[entry['trained']].label} for {entry['name']}" for entry in stood_in]
         said = f"* Accuracy and seconds of training are the stand-in's: {', '.join(names)}."
@@ -5450,12 +5498,11 @@ def architectures_table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def architecture_cells(entry: dict[str, Any]) -> dict[str, str]:
+def architecture_cells(entry: dict[str, Any], among_stand_ins: bool) -> dict[str, str]:
     """An architecture's line; what a stand-in's accuracy or seconds decided bears an asterisk."""
-    mark = " "
+    mark = " " if entry["trained"] == entry["name"] else "*"
     strengths = list(entry["best_for"])
-    if entry["trained"] != entry["name"]:
-        mark = "*"
+    if among_stand_ins:
         for place, words in enumerate(strengths):
             if words in (MOST_ACCURATE, BEST_FOR_ITS_TIME):
                 strengths[place] = f"{words}*"
@@ -5486,16 +5533,19 @@ def speed_lines(model: dict[str, Any], speed: dict[str, Any]) -> list[str]:
     """How fast one model was trained and tested."""
     rates = speed["images_per_second_by_stage"].values()
     stages = ", ".join(f"{rate:.0f}" for rate in rates)
-    lines = [f"{shown_name(model)}: {stages} training images/s in its stages; "
+    kept = ""
+    if any(epoch.get("kept_features") for epoch in model["epochs"]):
+        kept = " with kept features"
+    lines = [f"{shown_name(model)}: {stages} training images/s in its stages{kept}; "
              f"{speed['images_per_second_all_layers']:.0f} with all layers learning."]
-    if speed["freezing_saves"] is not None:
+    if (speed["freezing_saves"] or 0) > 0:
         lines.append(f"  So freezing saved {percent(speed['freezing_saves'])} of the time.")
     skipped = sum(epoch["skipped_updates"] for epoch in model["epochs"])
     if skipped:
         lines.append(f"  {skipped} updates had gradients that were not finite, and were skipped.")
     if model["tta_accuracy"] is not None:
         lines.append(f"  TTA: {model['tta_seconds']:.1f} s for the test images "
-                     f"instead of {model['plain_seconds']:.1f} s.")
+                     f"instead of about {model['plain_seconds']:.1f} s.")
     comparison = [f"  Mixed precision: {model['precision_why']}"]
     mixed = speed["mixed_images_per_second"]
     fp32 = speed["fp32_images_per_second"]
@@ -5505,7 +5555,7 @@ def speed_lines(model: dict[str, Any], speed: dict[str, Any]) -> list[str]:
     mixed_bytes = speed["mixed_peak_bytes"]
     fp32_bytes = speed["fp32_peak_bytes"]
     if mixed_bytes and fp32_bytes:
-        comparison.append(f"Peak memory: {mixed_bytes / 1e9:.2f} and {fp32_bytes / 1e9:.2f} GB.")
+        comparison.append(f"That takes {mixed_bytes / 1e9:.2f} and {fp32_bytes / 1e9:.2f} GB.")
     lines.append(" ".join(comparison))
     return lines
 
@@ -5522,7 +5572,8 @@ def ablation_table(results: dict[str, Any]) -> list[str]:
         return []
     flags = results["flags"]
     first = shown_name(results["models"][0])
-    lines = [f"{first}, {flags['ABLATION_SEEDS']} seeds: with everything on, "
+    seeds = flags["ABLATION_SEEDS"]
+    lines = [f"{first}, {seeds} seed{'s' if seeds > 1 else ''}: with everything on, "
              "and without each technique. Change: test accuracy in points, 95 % interval.",
              heading_row(ABLATION_COLUMNS)]
     for entry in results["ablation"]:
@@ -5531,10 +5582,16 @@ def ablation_table(results: dict[str, Any]) -> list[str]:
         if entry.get("epochs_off"):
             lines.append("In equal time, without gradual unfreezing, all layers learn for "
                          f"{entry['epochs_off']} of {flags['NUM_EPOCHS']} epochs.")
+        if entry.get("memory_ran_out"):
+            lines.append("Without all of these, memory ran out, and micro-batches were accumulated "
+                         "all the same.")
     lines.append("A vote is compared with the one of its models that is best on validation.")
     measured = [entry for entry in results["ablation"] if not entry["why"]]
-    if measured:
+    if measured and seeds > 1:
         lines.append(chance_line(len(measured)))
+    elif measured:
+        lines.append("Of one seed, an interval tells what other test images would change, not "
+                     "what another seed would: raise ABLATION_SEEDS.")
     return lines
 
 
@@ -5593,8 +5650,8 @@ def diagnose_model(model: dict[str, Any], speed: dict[str, Any] | None,
         *diagnose_batch(speed, flags),
         *diagnose_precision(model, speed, flags),
         *diagnose_loss_scale(model["epochs"]),
-        *diagnose_fit(model["epochs"]),
-        *diagnose_stages(model["epochs"]),
+        *diagnose_fit(model["epochs"], results["dataset"]["validation_images"]),
+        *diagnose_stages(model["epochs"], bool(results["ablation"])),
         *diagnose_tta(model, flags),
     ]
 
@@ -5650,12 +5707,15 @@ def diagnose_loss_scale(epochs: list[dict[str, Any]]) -> Iterator[str]:
                "again. Set USE_MIXED_PRECISION to false: FP32 needs no loss scale.")
 
 
-def diagnose_fit(epochs: list[dict[str, Any]]) -> Iterator[str]:
-    """Did it learn the training images by heart, or not yet enough?"""
+def diagnose_fit(epochs: list[dict[str, Any]], images: int) -> Iterator[str]:
+    """Did it learn the training images by heart, or not yet enough? images: how many validated it.
+    """
     last = epochs[-1]
-    gap = last["train_accuracy"] - last["validation_accuracy"]
+    accuracy = last["validation_accuracy"]
+    gap = last["train_accuracy"] - accuracy
+    by_chance = 2 * math.sqrt(accuracy * (1 - accuracy) / images)  # what other images may change
     best = min(epochs, key=lambda entry: entry["validation_loss"])
-    if last["validation_loss"] > 1.1 * best["validation_loss"] and gap > 0.1:
+    if last["validation_loss"] > 1.1 * best["validation_loss"] and gap > max(0.1, by_chance):
         finding = (f"it overfits: the validation loss was lowest after epoch {best['epoch']}, and "
                    f"training is {points(gap)} points more accurate than validation.")
         later = last["validation_accuracy"] - best["validation_accuracy"]
@@ -5666,12 +5726,12 @@ def diagnose_fit(epochs: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{finding} Validation accuracy rose no more since: lower NUM_EPOCHS."
     before = epochs[-1 - len(epochs) // 4]
     gained = last["validation_accuracy"] - before["validation_accuracy"]
-    if gained > 0.02 and gap < 0.02:
+    if gained > max(0.02, by_chance) and gap < 0.02:
         yield (f"it underfits: validation still gained {points(gained)} points in the last "
                "quarter. Raise NUM_EPOCHS.")
 
 
-def diagnose_stages(epochs: list[dict[str, Any]]) -> Iterator[str]:
+def diagnose_stages(epochs: list[dict[str, Any]], in_ledger: bool) -> Iterator[str]:
     """Did each unfreezing stage end better than the one before it?"""
     at_the_end = {entry["stage"]: entry["validation_accuracy"] for entry in epochs}
     idle = []
@@ -5680,8 +5740,9 @@ def diagnose_stages(epochs: list[dict[str, Any]]) -> Iterator[str]:
         if before is not None and accuracy <= before:
             idle.append(str(stage))
     if idle:
+        told = "the ledger tells" if in_ledger else "--ablation true measures"
         yield (f"unfreezing stage {', '.join(idle)} brought no validation accuracy. Whether "
-               "unfreezing by stages pays here, --ablation true measures.")
+               f"unfreezing by stages pays here, {told}.")
 
 
 def diagnose_tta(model: dict[str, Any], flags: dict[str, Any]) -> Iterator[str]:
@@ -5754,6 +5815,10 @@ PINK = "#cc79a7"
 SKY_BLUE = "#56b4e9"
 RED = "#d55e00"
 COLOURS = [BLUE, ORANGE, GREEN, PINK, SKY_BLUE, RED]
+
+
+PLOTS = ("training_curves", "accuracy_against_cost", "confusion_matrix", "class_accuracy",
+         "predictions", "learning_rates", "ablation")  # the names of their files
 
 
 def draw_plots(job: Job, results: dict[str, Any]) -> dict[str, Figure | None]:
@@ -6115,10 +6180,17 @@ def show_prediction(axis: Any, place: int, probabilities: Tensor, data: Data) ->
     axis.set_title(caption, fontsize=9, color=colour)
 
 
+def single_techniques(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the ledger that stand for one technique each, without votes and comparisons."""
+    apart = ("the same, in equal time", "all of these together")
+    return [row for row in rows
+            if row["technique"] not in apart and not row["technique"].startswith("soft vote")]
+
+
 def plot_ablation(rows: list[dict[str, Any]]) -> Figure:
     """The ledger: a dot and its 95 % interval for each technique, right of zero where it helps."""
     measured = [row for row in rows if not row["why"]]
-    helpful = [row for row in measured if row["verdict"] == "helps"]
+    helpful = [row for row in single_techniques(measured) if row["verdict"] == "helps"]
     title = "No technique clearly raises the accuracy here"
     if helpful:
         best = max(helpful, key=lambda row: row["change"])
@@ -6180,9 +6252,15 @@ def predict_files(job: Job) -> None:
     if target.is_dir():
         write_answers(rows, len(unreadable) + len(others), job.flags)
         say_accuracy([paths[place] for place in readable], believed, target, classes)
-        if Path(runs[0].flags.DATASET).resolve().is_relative_to(target.resolve()):
-            say("The images that the models learned from are among these: only others can tell how "
+        if overlap(target, Path(runs[0].flags.DATASET)):
+            say("Images that the models learned from may be among these: only others can tell how "
                 "they fare on new ones.")
+
+
+def overlap(left: Path, right: Path) -> bool:
+    """Whether one of two folders lies in the other, or is it."""
+    left, right = left.resolve(), right.resolve()
+    return right.is_dir() and (left.is_relative_to(right) or right.is_relative_to(left))
 
 
 def say_accuracy(paths: list[Path], probabilities: Tensor, target: Path,
@@ -6245,6 +6323,7 @@ def stored_models(job: Job) -> tuple[list[Run], list[str], int, PixelScale, floa
     stored_size = 0
     scale: PixelScale = {}
     temperature = 1.0
+    older = False
     try:
         results = json.loads(file.read_text("utf-8"))
         finished = [entry for entry in results["models"] if entry["test_accuracy"] is not None]
@@ -6262,6 +6341,7 @@ def stored_models(job: Job) -> tuple[list[Run], list[str], int, PixelScale, floa
                 raise ValueError("it comes from another run than results.json")
             if saved["classes"] != classes:
                 raise ValueError("it comes from another run than results.json")
+            older = older or saved["run"].get("the recipe's version") != RECIPE
             runs.append(stored_run(entry["name"], saved, used, job.device))
             stored_size = saved["stored_size"]
             scale = saved.get("scale", {})  # models of before it was kept have none
@@ -6275,6 +6355,9 @@ def stored_models(job: Job) -> tuple[list[Run], list[str], int, PixelScale, floa
     if not runs:
         stop(f"PREDICT: the run in {job.flags.OUTPUT_DIR}/ was interrupted before a model was "
              "finished. Go on with --resume true.")
+    if older:
+        put_out("PREDICT: an older version of this script trained these models, and showed them "
+                "images otherwise, so their answers may differ from their report's.", "stderr")
     return runs, classes, stored_size, scale, temperature
 
 
@@ -6299,6 +6382,7 @@ def hand_over(job: Job, results: dict[str, Any]) -> None:
     folder = Path(job.flags.OUTPUT_DIR)
     flags = SimpleNamespace(**vars(job.flags) | dict(COMPILE=False))
     runs = []
+    written = []
     refused = {}
     try:
         for tested in finished_models(job):
@@ -6309,12 +6393,14 @@ def hand_over(job: Job, results: dict[str, Any]) -> None:
             why = try_to_write_model(runs[-1], job.data, folder / "models" / name)
             if why:
                 refused[name] = why
+            else:
+                written.append(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tensors on other devices: all are on the CPU
             made = export_program(job, results, runs)
     except (Exception, SystemExit) as error:  # torch.export, a full disk
         made = dict(file=None, why=failure(error))
-    results["export"] = made | dict(not_for_timm=refused)
+    results["export"] = made | dict(in_models=written, not_for_timm=refused)
     lines = section("Handing over", handing_over_lines(results))
     say(*lines)
     with contextlib.suppress(OSError, SystemExit):  # what is there already tells all but this
@@ -6339,9 +6425,11 @@ def handing_over_lines(results: dict[str, Any]) -> list[str]:
     else:
         said += program_sentences(made, results["dataset"]["test_images"])
     for name, why in made["not_for_timm"].items():
-        said.append(f"models/{name} was not written: timm can't describe it ({why}).")
+        said.append(f"models/{name} was not written ({why}).")
+    if made["in_models"]:
+        said.append("models/ holds them for timm. README.md shows how to use what is there.")
     for model in results["models"]:
-        if model["stands_in_for"] and model["name"] not in made["not_for_timm"]:
+        if model["stands_in_for"] and model["name"] in made["in_models"]:
             label = SHIPPED[model["architecture"]].label
             said.append(f"models/{model['name']} holds {label}, which stood in for "
                         f"{model['stands_in_for']}.")
@@ -6370,9 +6458,11 @@ def program_sentences(made: dict[str, Any], test_images: int) -> list[str]:
                     f"size, it names the same class for {made['originals_same_class']:,}, "
                     "probabilities apart by at most "
                     f"{made['originals_largest_difference']:.7f}.")
-    said.append("It needs PyTorch alone: images in, probabilities out. models/ holds each network "
-                "for timm. README.md shows how to use both.")
+    said.append("It needs PyTorch alone: images in, probabilities out.")
     return said
+
+
+TIMM_FILES = ("config.json", "model.safetensors")  # what timm keeps of a model
 
 
 def try_to_write_model(run: Run, data: Data, folder: Path) -> str:
@@ -6380,7 +6470,9 @@ def try_to_write_model(run: Run, data: Data, folder: Path) -> str:
     try:
         write_model(run, data, folder)
     except (Exception, SystemExit) as error:  # a full disk, a network that timm can't describe
-        shutil.rmtree(folder, ignore_errors=True)
+        for name in TIMM_FILES:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink(missing_ok=True)
         return failure(error)
     return ""
 
@@ -6500,6 +6592,7 @@ def export_program(job: Job, results: dict[str, Any], runs: list[Run]) -> dict[s
 
 TRIED_OFF_CPU = 500  # test images at most, where a GPU trained what a CPU is to answer
 ORIGINALS = 100  # test images at most that are also given as they are in their files
+LARGEST_ORIGINAL = 100_000_000  # numbers of such an image: resized in float64, they take 0.8 GB
 
 
 @torch.no_grad()
@@ -6548,19 +6641,22 @@ def try_originals(program: nn.Module, wanted: Tensor, data: Data) -> dict[str, A
 
     wanted: probabilities [n, classes] of the first n test images, of which some are taken evenly.
     """
+    answers = {}
     places = []
-    answers = []
     if data.files:
         places = torch.linspace(0, len(wanted) - 1, min(len(wanted), ORIGINALS)).long().tolist()
     for place in places:
         file = data.files[int(data.split["test"][place])]
-        pixels = read_image(file, lambda image: np.array(as_seen(image, data.scale)))
-        answers.append(program(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
+        with contextlib.suppress(Exception):  # a file that was there hours ago may be gone
+            pixels = read_image(file, lambda image: np.array(as_seen(image, data.scale)))
+            if pixels.size <= LARGEST_ORIGINAL:
+                answers[place] = program(torch.from_numpy(pixels).permute(2, 0, 1)[None])
     if not answers:
         return dict(originals=0)
-    made = torch.cat(answers)
-    return dict(originals=len(places), originals_same_class=same_class(made, wanted[places]),
-                originals_largest_difference=float((made - wanted[places]).abs().max()))
+    made = torch.cat(list(answers.values()))
+    same = wanted[list(answers)]
+    return dict(originals=len(answers), originals_same_class=same_class(made, same),
+                originals_largest_difference=float((made - same).abs().max()))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ def test_where_nothing_was_frozen_freezing_saved_nothing_and_nothing_is_said(mon
     assert "freezing" not in " ".join(at.speed_lines(model, speed))
     frozen = measured_speed(monkeypatch)
     assert isinstance(frozen["freezing_saves"], float)
+    frozen["freezing_saves"] = -0.1  # it cost time, as on another device after a resumption
+    assert "freezing saved" not in " ".join(at.speed_lines(model, frozen))
+    frozen["freezing_saves"] = 0.4
     assert "freezing saved" in " ".join(at.speed_lines(model, frozen))
 
 

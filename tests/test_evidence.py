@@ -53,6 +53,10 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
     )
     assert at.calibration_error(halves, labels) == pytest.approx(0.5 * 0.1 + 0.5 * 0.5, abs=1e-6)
     assert at.calibration_error(torch.nn.functional.one_hot(labels, 4).float(), labels) == 0
+    # Of 15 bins two, though of 10 one, hold these: 0.62 all right, 0.68 all wrong.
+    near = torch.cat([probabilities_of([True] * 100, data, 0.62)[:50],
+                      probabilities_of([False] * 100, data, 0.68)[50:]])
+    assert at.calibration_error(near, labels) == pytest.approx(0.5 * (0.38 + 0.68), abs=1e-6)
 
 
 def test_mcnemars_exact_test_equals_the_binomial_counted_by_hand():
@@ -192,13 +196,14 @@ def test_the_first_run_is_the_first_seed_of_everything_on(monkeypatch):
             name: value for name, value in vars(run.flags).items() if value != vars(base)[name]
         }
         trained.append((run.name, run.seed, changed))
-        return finished(run.seed)
+        return finished(run.seed, 10.0 if run.gradual else 25.0)
 
-    def finished(seed):
+    def finished(seed, seconds=10.0):
         answer = probabilities_of([index < 70 for index in range(100)], data)
         entry = dict(
             name="test_resnet",
-            seconds=10.0,
+            architecture="test_resnet",
+            seconds=seconds,
             plain_seconds=1.0,
             tta_seconds=4.0,
             training_memory_bytes=None,
@@ -235,12 +240,24 @@ def test_the_first_run_is_the_first_seed_of_everything_on(monkeypatch):
         expected += [(f"ablation_everything_{seed}", 4 + seed, {})] * (seed > 1)
         expected += [(f"ablation_without_{name}_{seed}", 4 + seed, off) for name, off in wanted]
         expected += [(f"ablation_nothing_{seed}", 4 + seed, everything_off)]
+    for seed in (1, 2):  # 8 of 20 epochs of all layers take as long
+        in_time = dict(GRADUAL_UNFREEZING=False, NUM_EPOCHS=8)
+        expected += [(f"ablation_in_equal_time_{seed}", 4 + seed, in_time)]
     assert trained == expected
+    # Of several processes none may try for more memory, alone or together with the rest.
+    trained.clear()
+    monkeypatch.setattr(at, "PROCESSES", 2)
+    monkeypatch.setattr(at, "from_first_process", lambda ask: ask())
+    at.ablate(at.Job(base, CPU, data, weights=[weights], tested=[finished(5)]))
+    changed = [change for _, _, change in trained]
+    assert dict(USE_COSINE_SCHEDULE=False, GRADUAL_UNFREEZING=False, USE_TTA=False) in changed
+    for name in ("BATCH_SIZE", "USE_MIXED_PRECISION"):
+        assert not any(name in change for change in changed)
     tta = next(row for row in rows if row["technique"] == "test-time augmentation")
     assert tta["time_ratio"] == pytest.approx(14 / 11) and tta["memory_ratio"] is None
 
 
-@pytest.mark.parametrize(("seconds", "epochs"), [(39, 7), (41, 8), (2, 1), (100, None)])
+@pytest.mark.parametrize(("seconds", "epochs"), [(39, 7), (41, 8), (5, 1), (4, None), (100, None)])
 def test_equal_time_is_as_many_whole_epochs_of_all_layers_as_fit(seconds, epochs):
     flags = quick_flags(NUM_EPOCHS=20)
     runs = {"everything": [at.Tested(dict(seconds=seconds))],
@@ -256,10 +273,11 @@ def test_the_ledger_compares_at_equal_time_and_votes_with_the_best_on_validation
 
     def model(right: set[int], validation: float, epochs: int = 20, seconds: float = 10.0):
         answer = probabilities_of([index in right for index in range(100)], data)
-        entry = dict(seconds=seconds, plain_seconds=1.0, tta_seconds=1.0,
+        entry = dict(architecture=str(len(right)), seconds=seconds,
+                     plain_seconds=1.0, tta_seconds=1.0,
                      training_memory_bytes=100, precision="float32", precision_why="FP32.",
                      validation_accuracy=validation, epochs=[{}] * epochs)
-        return at.Tested(entry, answer, answer)
+        return at.Tested(entry, answer.flip(1), answer)  # without TTA it answers otherwise
 
     weak, strong = set(range(60)), set(range(80))
     weights = at.Weights("test_resnet", "", {})
@@ -281,7 +299,18 @@ def test_the_ledger_compares_at_equal_time_and_votes_with_the_best_on_validation
         assert rows[name]["time_ratio"] == pytest.approx(2)
     del runs["in equal time"]
     rows = {row["technique"]: row for row in at.ledger(job, runs, {})}
-    assert "saves no time" in rows["the same, in equal time"]["why"]
+    assert "no epoch, or no fewer" in rows["the same, in equal time"]["why"]
+    for name in ("soft vote of 2 seeds", "soft vote of 2 architectures"):
+        assert rows[name]["memory_ratio"] is None  # of models that are trained one by one
+    chosen[1].entry["architecture"] = "60"  # as where one network stands in for both
+    rows = {row["technique"]: row for row in at.ledger(job, runs, {})}
+    assert "soft vote of 2 models" in rows and "soft vote of 2 architectures" not in rows
+    chosen[0].entry["memory_ran_out"] = True  # so without accumulation, it was with it after all
+    rows = {row["technique"]: row for row in at.ledger(job, runs, {})}
+    assert "don't fit in memory" in rows["gradient accumulation"]["why"]
+    assert rows["all of these together"]["memory_ran_out"]
+    assert not any(row.get("memory_ran_out") for row in rows.values() if "all of" not in
+                   row["technique"])
 
 
 def test_memory_of_training_is_counted_above_what_was_held_before():
@@ -293,6 +322,68 @@ def test_memory_of_training_is_counted_above_what_was_held_before():
     assert 0 < at.training_memory(run) < held.nbytes
     run.memory_before = None  # where the system can't tell
     assert at.training_memory(run) is None
+    assert at.trained_entry(run, data)["memory_ran_out"] is False
+    run.micro_batch //= 2
+    assert at.trained_entry(run, data)["memory_ran_out"] is True
+
+
+def test_of_a_resumed_model_the_memory_of_its_training_is_not_known():
+    run, data = run_of("test_resnet", NUM_EPOCHS=2), random_data()
+    at.train_model(run, data)
+    del run.epochs[1]
+    at.train_model(run, data)  # its averages of the gradients were there before
+    assert len(run.epochs) == 2 and at.training_memory(run) is None
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_can_not_be_measured_is_said_with_the_reason(processes, monkeypatch):
+    monkeypatch.setattr(at, "PROCESSES", processes)
+    flags = quick_flags(USE_COSINE_SCHEDULE=False)
+    first = at.Tested(dict(precision="float32", precision_why="It has no units."))
+    job = at.Job(flags, CPU, weights=[at.Weights("test_resnet", "", None)], tested=[first])
+    unused = at.unused_techniques(job)
+    assert unused.pop("cosine annealing") == "it is off in this run"
+    assert "It has no units." in unused.pop("mixed precision")
+    assert "never frozen" in unused.pop("gradual unfreezing")
+    if processes > 1:  # without it, memory may run out, which ends the job
+        assert "several processes" in unused.pop("gradient accumulation")
+    assert not unused
+    first.entry["precision"] = "bfloat16"
+    unused = at.unused_techniques(job)
+    assert ("several processes" in unused.get("mixed precision", "")) == (processes > 1)
+
+
+def test_of_one_seed_the_ledger_says_what_its_intervals_leave_out():
+    row = dict(technique="a technique", why="", accuracy_on=0.9, accuracy_off=0.8, change=0.1,
+               interval=[0.05, 0.15], time_ratio=1.0, memory_ratio=None, verdict="helps")
+    model = dict(name="model", stands_in_for=None)
+    for seeds, said in ((1, "what another seed would"), (3, "chance alone")):
+        table = at.ablation_table(dict(ablation=[row], models=[model],
+                                       flags=at.FLAGS | dict(ABLATION_SEEDS=seeds)))
+        assert said in " ".join(table) and f"model, {seeds} seed{'s' * (seeds > 1)}: " in table[0]
+
+
+def test_images_that_all_changed_alike_tell_nothing_of_others():
+    for right in (1.0, -1.0):
+        change, interval = at.crossed_interval(np.full((1, 2), right))
+        assert change == right and at.verdict_of(interval) == "no clear effect"
+    assert at.crossed_interval(np.zeros((1, 2))) == (0.0, [0.0, 0.0])
+
+
+def test_the_plot_of_the_ledger_shows_changes_and_names_a_single_technique():
+    def row(technique, change):
+        return dict(technique=technique, why="", change=change, verdict="helps",
+                    interval=[change - 0.01, change + 0.02])
+
+    rows = [row("cosine annealing", 0.02), row("the same, in equal time", 0.05),
+            row("all of these together", 0.04), row("soft vote of 3 seeds", 0.03)]
+    figure = at.plot_ablation(rows)
+    assert figure._suptitle.get_text().startswith("Cosine annealing helps most: +2.0")
+    lines = figure.axes[0].lines[1:]  # behind the line at zero, an interval and a dot each
+    for place, entry in enumerate(rows):
+        ends, dot = lines[2 * place : 2 * place + 2]
+        assert list(ends.get_xdata()) == pytest.approx([100 * end for end in entry["interval"]])
+        assert list(dot.get_xdata()) == pytest.approx([100 * entry["change"]])
 
 
 def healthy() -> dict:
@@ -333,10 +424,12 @@ def healthy() -> dict:
         fp32_peak_bytes=None,
     )
     return dict(
-        dataset=dict(memory_mapped=False, classes=["cat", "dog"], train_images_by_class=[300, 100]),
+        dataset=dict(memory_mapped=False, validation_images=1000, classes=["cat", "dog"],
+                     train_images_by_class=[300, 100]),
         models=models,
         speed=dict(first=speed, second=dict(speed)),
         flags=at.FLAGS,
+        ablation=None,
         ensemble=dict(accuracy=0.92, gain_interval=[0.01, 0.03], shared_errors=0.4),
         classes=[dict(name=f"class {index}", images=100, errors=10) for index in range(4)],
     )
@@ -411,6 +504,22 @@ def test_each_finding_is_made_where_it_applies_and_names_a_flag(finding):
     assert any(
         name in found[0] or "--" + name.lower().replace("_", "-") in found[0] for name in at.FLAGS
     )
+
+
+def test_few_validation_images_are_not_read_too_closely():
+    for finding in ("overfits", "underfits"):
+        results = healthy()
+        FINDINGS[finding](results)
+        results["dataset"]["validation_images"] = 10  # one image is ten points
+        assert at.diagnose(results) == []
+
+
+def test_the_ablation_does_not_advise_itself():
+    results = healthy()
+    results["ablation"] = [dict(technique="gradual unfreezing")]
+    FINDINGS["stage 3 brought no"](results)
+    (found,) = at.diagnose(results)
+    assert "the ledger tells" in found and "--ablation" not in found
 
 
 def test_what_several_models_share_is_said_once():

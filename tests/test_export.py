@@ -199,8 +199,8 @@ def test_the_temperature_is_inside(tmp_path):
     assert (sharp.amax(1) > plain.amax(1)).all()
 
 
-@pytest.mark.parametrize("changes", [dict(use_tta=False), dict(horizontal_flip=False),
-                                     dict(use_ensemble=False), dict(compile=True)])
+@pytest.mark.parametrize("changes", [dict(horizontal_flip=False, compile=True),
+                                     dict(use_ensemble=False, use_tta=False)])
 def test_the_program_follows_the_flags(changes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(at.nn.Module, "compile", lambda self: None)  # minutes, else
     at.main(arguments(make_folder(tmp_path / "pets", count=12), tmp_path / "out", **changes))
@@ -225,6 +225,27 @@ def test_photographs_at_their_own_size_are_answered_as_by_the_run(tmp_path):
     assert made["originals_largest_difference"] < 1e-4
     report = " ".join((tmp_path / "out" / "report.txt").read_text().split())
     assert f"Given {made['images']} of them as they are in their files" in report
+
+
+def test_originals_that_are_gone_or_too_large_are_left_out(tmp_path, monkeypatch):
+    data = random_data()
+    test = data.split["test"].tolist()
+    data.files = [tmp_path / f"{index}.png" for index in range(len(data.images))]
+    for index in test[1:]:
+        pixels = data.images[index].permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(data.files[index])
+    Image.new("RGB", (60, 60)).save(data.files[test[1]])
+    monkeypatch.setattr(at, "LARGEST_ORIGINAL", 3 * 36 * 36)
+    wanted = torch.eye(4)[torch.arange(len(test)) % 4]
+
+    def program(images):
+        (place,) = [place for place, index in enumerate(test)
+                    if images.shape[-1] == 36 and torch.equal(data.images[index], images[0])]
+        return wanted[place][None]
+
+    found = at.try_originals(program, wanted, data)
+    assert found["originals"] == found["originals_same_class"] == len(test) - 2
+    assert found["originals_largest_difference"] == 0
 
 
 def break_export(monkeypatch, tmp_path):
@@ -281,7 +302,8 @@ def test_a_network_that_timm_can_not_describe_costs_its_folder_only(tmp_path, ca
     printed = " ".join(capsys.readouterr().out.split())
     assert "models/test_resnet was not written" in printed and "it can't be described" in printed
     assert (tmp_path / "ensemble.pt2").is_file() and "the same class for all" in printed
-    assert not (tmp_path / "models" / "test_resnet").exists()
+    assert not (tmp_path / "models" / "test_resnet" / "model.safetensors").exists()
+    assert "models/ holds" not in printed
 
 
 def test_a_disk_that_stays_full_costs_no_report(tmp_path, capsys, monkeypatch):
@@ -316,7 +338,8 @@ def test_what_an_older_run_left_does_not_stay_beside_another_run(tmp_path):
     job = small_job(tmp_path)
     at.report(job)
     left = ["ensemble.pt2", "test_predictions.csv", "train_labels.csv",
-            "models/test_resnet/config.json", "models/test_resnet/model.safetensors"]
+            "models/test_resnet/config.json", "models/test_resnet/model.safetensors",
+            "confusion_matrix.png"]
     assert all((tmp_path / name).is_file() for name in left)
     (tmp_path / "models" / "mine.txt").write_text("a user's own")
     unfinished = at.Job(job.flags, CPU, job.data)
@@ -328,9 +351,11 @@ def test_what_an_older_run_left_does_not_stay_beside_another_run(tmp_path):
 def test_a_stand_in_is_named_as_what_it_is(tmp_path, capsys):
     job = small_job(tmp_path)
     job.tested[0].entry.update(stands_in_for="resnet18", architecture="tf_efficientnet_lite0")
-    lines = at.handing_over_lines(dict(
-        models=[job.tested[0].entry], export=dict(file=None, why="", not_for_timm={})))
-    assert "holds EfficientNet-Lite0, which stood in for resnet18" in " ".join(lines)
+    stood_in = "holds EfficientNet-Lite0, which stood in for resnet18"
+    for written in ([], ["test_resnet"]):
+        lines = at.handing_over_lines(dict(models=[job.tested[0].entry], export=dict(
+            file=None, why="", in_models=written, not_for_timm={})))
+        assert (stood_in in " ".join(lines)) == bool(written)
 
 
 def test_nothing_is_exported_where_it_is_switched_off_or_the_run_not_finished(tmp_path, capsys):

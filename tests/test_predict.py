@@ -317,6 +317,16 @@ def test_a_name_that_is_not_utf8_is_classified_like_any_other(
     assert first == second
 
 
+def test_models_of_an_older_version_answer_with_a_word_of_warning(
+    trained, run_folder, capsys, monkeypatch
+):
+    predict(trained[1][0], run_folder)
+    assert "older version" not in capsys.readouterr().err
+    monkeypatch.setattr(at, "RECIPE", at.RECIPE + 1)
+    predict(trained[1][0], run_folder)
+    assert "PREDICT: an older version" in capsys.readouterr().err
+
+
 def test_nothing_to_classify(trained, run_folder, tmp_path, capsys):
     (tmp_path / "none").mkdir()
     (tmp_path / "text.png").write_text("no image")

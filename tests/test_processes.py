@@ -118,7 +118,7 @@ def test_batch_statistics_differ_a_little_and_accuracy_little(train):
     # Each process normalises over its own micro-batches, as on one device with smaller ones:
     # weights move by Adam's steps, not by rounding. 0.02 is ten updates' worth of the largest
     # learning rate that batch-normed layers have.
-    (alone, _, _), (together, _, _) = (train(count, "resnet18") for count in (1, 2))
+    (alone, _, _), (together, _, _) = (train(count, "test_resnet") for count in (1, 2))
     learned = {name for name in alone["state_dict"] if "running" not in name}
     left, right = ({name: one["state_dict"][name] for name in learned} for one in (alone, together))
     assert 0 < difference(left, right) < 0.02

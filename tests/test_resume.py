@@ -313,6 +313,14 @@ def test_other_images_are_refused(tmp_path, capsys):
     assert "checksum of the images" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, capsys, monkeypatch):
+    _, run, data = saved_run(tmp_path)
+    monkeypatch.setattr(at, "RECIPE", at.RECIPE + 1)
+    with pytest.raises(SystemExit):
+        at.read_checkpoint(run, data)
+    assert "the recipe's version was" in capsys.readouterr().err
+
+
 def test_the_fingerprint_tells_images_labels_and_splits_apart():
     def fingerprint(**changes):
         return at.load_data(quick_flags(DATASET="shapes", **changes), CPU)[0].fingerprint

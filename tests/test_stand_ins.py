@@ -36,6 +36,15 @@ def test_each_of_the_lessons_three_has_a_stand_in_of_its_own():
     assert "another seed" not in notice
 
 
+def test_a_tag_of_timm_s_tells_weights_apart_and_not_architectures():
+    tagged = ("resnet18.a1_in1k", "resnet50.a1_in1k", "efficientnet_b0.ra_in1k")
+    found = search(*tagged)
+    assert tuple(weights.architecture for weights in found) == STAND_INS
+    assert tuple(weights.stands_in_for for weights in found) == tagged
+    (own,) = search("tf_efficientnet_lite1.in1k")
+    assert own.architecture == "tf_efficientnet_lite1" and own.stands_in_for is None
+
+
 @pytest.mark.parametrize("architecture", at.SHIPPED)
 def test_a_packages_weights_are_the_networks_own_tensor_by_tensor(architecture):
     weights = at.find_weights(architecture, quick_flags())

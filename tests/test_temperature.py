@@ -126,6 +126,14 @@ def test_a_finished_model_keeps_validation_answers_made_with_the_views_of_predic
     torch.testing.assert_close(model.validation, wanted)
     truth = data.truth("validation")
     assert model.entry["temperature"] == at.fit_temperature(model.validation, truth)
+    for found, answers in (
+        (model.entry, model.averaged),  # with the views that --predict answers with
+        (at.calibrate_vote([model, model], data), model.averaged),
+    ):
+        sharpened = at.at_temperature(answers, found["temperature"])
+        loss, _ = at.score(sharpened, data.truth("test"))
+        assert found["calibrated_loss"] == pytest.approx(loss)
+        assert not torch.allclose(model.plain, model.averaged)
     run.flags.RESUME = True
     resumed = at.resume(run, data)
     assert torch.equal(resumed.validation, model.validation)
@@ -187,6 +195,18 @@ def test_where_nothing_was_fitted_the_report_says_why_and_answers_stay():
                    dataset=dict(validation_images=99))
     table = " ".join(at.calibration_table(results))
     assert "Fitted on" not in table and "as they are" in table
+    # One model is fitted, but the vote, with which --predict answers, is not.
+    fitted = dict(found, name="b", stands_in_for=None, test_accuracy=0.5, temperature=0.7,
+                  calibrated_loss=1.0, calibrated_error=0.1, tta_loss=1.0,
+                  tta_calibration_error=0.1)
+    results["models"].append(fitted)
+    results["ensemble"] = dict(found, accuracy=0.5)
+    table = " ".join(at.calibration_table(results))
+    assert "Fitted on" in table and "What --predict answers with has none." in table
+    results["ensemble"]["temperature"] = 0.8
+    results["ensemble"] |= dict(calibrated_loss=1.0, calibrated_error=0.1, tta_loss=1.0,
+                                tta_calibration_error=0.1)
+    assert "--predict answers at this temperature." in " ".join(at.calibration_table(results))
     older = dict(test_accuracy=0.5, validation_accuracy=0.5)  # results from before temperatures
     for model in (older, older | found):
         assert at.final_temperature(dict(ensemble=dict(accuracy=None), models=[model])) == 1.0

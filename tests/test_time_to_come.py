@@ -179,10 +179,14 @@ def test_the_ablation_says_how_many_trainings_come_and_how_long_they_take(resume
     for name in ("cosine annealing", "gradual unfreezing"):
         variants[f"without {name}"] = off[name]
     variants["nothing"] = off["cosine annealing"] | off["gradual unfreezing"]
-    first = at.Tested(dict(name="model", seconds=600.0), speed=dict(freezing_saves=0.5))
-    job = at.Job(quick_flags(ABLATION_SEEDS=3, RESUME=resume), CPU, tested=[first])
-    # A seed: everything, no cosine, in equal time at 10 minutes, twice all layers at 20.
+    epochs = [dict(kept_features=True)] * 2 + [dict(kept_features=False)] * 2
+    first = at.Tested(dict(name="model", seconds=600.0, plain_seconds=60.0, tta_seconds=240.0,
+                           epochs=epochs), speed=dict(freezing_saves=0.5))
+    job = at.Job(quick_flags(ABLATION_SEEDS=3, RESUME=resume), CPU, random_data(), tested=[first])
+    # 10 images to validate, 10 to test. A seed: everything, no cosine, in equal time, each of 600
+    # and 240 seconds and two validations of 60; twice all layers, 1200, 240 and four validations.
+    assert 3 * (3 * 960 + 2 * 1680) - 960 == 17_760  # seconds, or 4.9 hours
     said = at.ablation_to_come(job, variants)
-    assert said == f"\nThe ablation trains model 14 more times: about 3.3 h{tail}"
-    first.speed = None  # where it could not be measured, each takes as long as the first
-    assert "14 more times: about 2.3 h." in at.ablation_to_come(job, variants)
+    assert said == f"\nThe ablation trains model 14 more times: about 4.9 h{tail}"
+    first.speed = None  # where it could not be measured, all layers take as long to train
+    assert "14 more times: about 3.9 h." in at.ablation_to_come(job, variants)
