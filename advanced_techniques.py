@@ -5394,7 +5394,7 @@ def calibration_table(results: dict[str, Any]) -> list[str]:
     validation = results["dataset"]["validation_images"]
     answers = "--predict answers at this temperature."
     if final_temperature(results) == 1.0:
-        answers = "What --predict answers with has none: it stays as it is."
+        answers = "What --predict answers with has no temperature."
     return [
         *shown,
         "One temperature a model and one for the vote (Guo et al., 2017): each probability to the "

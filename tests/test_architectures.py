@@ -122,8 +122,9 @@ def test_seeds_of_one_stand_in_are_not_compared_as_architectures():
 def test_equal_architectures_share_what_they_are_best_for():
     pair = [entry("one", 1, 50.0, 0.8, 100.0), entry("other", 1, 40.0, 0.8, 100.0)]
     at.name_strengths(pair)
-    assert pair[1]["best_for"] == ["smallest", "most accurate", "best accuracy for its time"]
-    assert {"fastest to train", *pair[1]["best_for"]} <= set(pair[0]["best_for"])
+    shared = ["smallest", "most accurate", "best accuracy for its time"]
+    assert pair[0]["best_for"] == [shared[0], "fastest to train", *shared[1:]]
+    assert pair[1]["best_for"] == [shared[0], "fastest to answer", *shared[1:]]
 
 
 def finished(name, accuracy, architecture, measured=True):

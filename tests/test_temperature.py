@@ -202,7 +202,7 @@ def test_where_nothing_was_fitted_the_report_says_why_and_answers_stay():
     results["models"].append(fitted)
     results["ensemble"] = dict(found, accuracy=0.5)
     table = " ".join(at.calibration_table(results))
-    assert "Fitted on" in table and "What --predict answers with has none." in table
+    assert "Fitted on" in table and "What --predict answers with has no temperature." in table
     results["ensemble"]["temperature"] = 0.8
     results["ensemble"] |= dict(calibrated_loss=1.0, calibrated_error=0.1, tta_loss=1.0,
                                 tta_calibration_error=0.1)
