@@ -216,15 +216,23 @@ def test_photographs_at_their_own_size_are_answered_as_by_the_run(tmp_path):
     random = np.random.default_rng(0)
     for number, file in enumerate(sorted(folder.rglob("*.png"))):
         pixels = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        photograph = Image.fromarray(pixels).resize((480, 360 + number % 3), Image.BICUBIC)
+        large = Image.fromarray(pixels).resize((480, 360 + number % 3), Image.BICUBIC)
+        grain = random.integers(-100, 101, (360 + number % 3, 480, 1))  # detail of single pixels
+        photograph = Image.fromarray((np.asarray(large) + grain).clip(0, 255).astype(np.uint8))
         photograph.save(file.with_suffix(".jpg"), quality=92)
         file.unlink()
-    at.main(arguments(folder, tmp_path / "out"))
+    at.main(arguments(folder, tmp_path / "out", architectures="test_resnet"))
     made = json.loads((tmp_path / "out" / "results.json").read_text())["export"]
     assert made["originals"] == made["originals_same_class"] == made["images"]
     assert made["originals_largest_difference"] < 1e-4
     report = " ".join((tmp_path / "out" / "report.txt").read_text().split())
     assert f"Given {made['images']} of them as they are in their files" in report
+    program = torch.export.load(tmp_path / "out" / "ensemble.pt2").module()
+    with (tmp_path / "out" / "test_predictions.csv").open(newline="") as stream:
+        for row in csv.DictReader(stream):  # as anyone would read the file
+            pixels = torch.from_numpy(np.array(Image.open(row["image"]).convert("RGB")))
+            share = program(pixels.permute(2, 0, 1)[None]).max()
+            assert float(share) == pytest.approx(float(row["probability"]), abs=1e-4)
 
 
 def test_originals_that_are_gone_or_too_large_are_left_out(tmp_path, monkeypatch):
