@@ -5856,9 +5856,7 @@ def drawn(name: str, draw: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def save_plot(figure: Figure | None, file: Path) -> bool:
-    """Write a plot, if there is one, to its file, where an older run's must not stay."""
-    if RANK == 0:  # a later process would remove what it has just written
-        file.unlink(missing_ok=True)
+    """Write a plot, if there is one, to its file."""
     if figure:
         write_whole(file, functools.partial(figure.savefig, format="png"))
     return figure is not None
@@ -6382,7 +6380,6 @@ def hand_over(job: Job, results: dict[str, Any]) -> None:
     folder = Path(job.flags.OUTPUT_DIR)
     flags = SimpleNamespace(**vars(job.flags) | dict(COMPILE=False))
     runs = []
-    written = []
     refused = {}
     try:
         for tested in finished_models(job):
@@ -6393,13 +6390,12 @@ def hand_over(job: Job, results: dict[str, Any]) -> None:
             why = try_to_write_model(runs[-1], job.data, folder / "models" / name)
             if why:
                 refused[name] = why
-            else:
-                written.append(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tensors on other devices: all are on the CPU
             made = export_program(job, results, runs)
     except (Exception, SystemExit) as error:  # torch.export, a full disk
         made = dict(file=None, why=failure(error))
+    written = [run.name for run in runs if run.name not in refused]
     results["export"] = made | dict(in_models=written, not_for_timm=refused)
     lines = section("Handing over", handing_over_lines(results))
     say(*lines)
@@ -6427,7 +6423,8 @@ def handing_over_lines(results: dict[str, Any]) -> list[str]:
     for name, why in made["not_for_timm"].items():
         said.append(f"models/{name} was not written ({why}).")
     if made["in_models"]:
-        said.append("models/ holds them for timm. README.md shows how to use what is there.")
+        said.append("models/ holds the networks for timm. README.md shows how to use what is "
+                    "there.")
     for model in results["models"]:
         if model["stands_in_for"] and model["name"] in made["in_models"]:
             label = SHIPPED[model["architecture"]].label
