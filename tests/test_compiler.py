@@ -11,8 +11,9 @@ import advanced_techniques as at
 def test_without_a_compiler_compile_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys):
     torch.compiler.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled before is found
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(SystemExit) as stopped:
+    # torch's own patch: what pytest puts back stays hidden from every later test of this process.
+    absent = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with absent, pytest.raises(SystemExit) as stopped:
         at.check_compiler(CPU)
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and "--compile false" in message and message.count("\n") == 1
