@@ -6,7 +6,7 @@
     python advanced_techniques.py --help                     # every flag
 
 Measured without network and GPU: the vote of three stand-ins that learned from 2,400 images of
-Fashion-MNIST is right on 90.1 % of 2,000 others. README.md has all figures, and what is missing.
+Fashion-MNIST is right on 90.2 % of 2,000 others. README.md has all figures, and what is missing.
 
 A map of this file. To learn, read to the end of part 8; the rest keeps your run alive.
 
@@ -103,7 +103,7 @@ WEIGHT_DECAY = 0.05  # decoupled weight decay of AdamW
 LABEL_SMOOTHING = 0.1  # share of the target's probability that is spread over all classes
 BALANCE = False  # train so that rare classes count as much as common ones
 HORIZONTAL_FLIP = True  # mirror images in training and TTA; off for text, digits: left is not right
-FEATURE_VIEWS = 2  # views whose frozen features the head learns from; 0: new ones each epoch
+FEATURE_VIEWS = 2  # views of an image that keep what frozen layers answer; 0: new ones each epoch
 COMPILE = False  # torch.compile: faster on a GPU after minutes of compiling; seldom on a CPU
 SEED = 0  # same flags, same seed, same numbers on a CPU
 
@@ -114,7 +114,7 @@ ABLATION = False  # also train the first model without each technique, and print
 ABLATION_SEEDS = 3  # how often each of these trainings is repeated with another seed
 SKIP_UNREADABLE = False  # leave files out that can't be read as images, instead of stopping
 EXPORT = True  # also write ensemble.pt2 and models/, which serve without this script
-MEMORY_GB = 4.0  # decoded images larger than this go to a memory-mapped file under DATA_DIR
+MEMORY_GB = 4.0  # for kept features; decoded images larger than this go to a file in DATA_DIR
 DATA_DIR = "data"  # downloads and caches
 OUTPUT_DIR = "outputs"  # report, plots, checkpoints
 
@@ -291,8 +291,8 @@ def learning_rate(update: int, layer: int, updates_per_epoch: int, run: Run) -> 
     """
     flags = run.flags
 
-    # 1. The peak: earlier groups, whose knowledge is more general, learn more slowly (Howard and
-    #    Ruder, 2018). Random weights know nothing yet and all learn at one rate.
+    # 1. The peak: earlier groups, whose knowledge is more general, learn more slowly, down to the
+    #    fifth (Howard and Ruder, 2018). Random weights know nothing yet and all learn at one rate.
     decay = flags.LAYER_RATE_DECAY if run.weights.trained else 1.0
     peak = flags.BASE_LEARNING_RATE * decay ** min(layer, STAGES)
 
@@ -355,7 +355,7 @@ def autocast(run: Run) -> contextlib.AbstractContextManager:
 def make_scaler(device: torch.device, precision: torch.dtype | None) -> torch.amp.GradScaler:
     """Loss scaling for FP16: small gradients would become 0 in it, so the loss is made larger.
 
-    Otherwise it starts at 1, and what remains is that a non-finite update is skipped.
+    Others need no scale: it is 1 and never grows, and only skips updates that aren't finite.
     """
     if precision == torch.float16:
         return torch.amp.GradScaler(device.type)
@@ -366,8 +366,8 @@ def apply_update(run: Run, network: nn.Module, batches: Iterable[MicroBatch],
                  images: float, rates: list[float]) -> Tensor:
     """One optimiser step from several micro-batches.
 
-    images, how many the update holds (a process's share), divides the loss. Returns float32 [3] on
-    the device: the sum of the losses, the number of correct answers, and 1 if the step was skipped.
+    images: how many the update holds, divided by the processes, which average gradients. Returns
+    float32 [3] on the device: the sum of losses, how many answers are right, 1 if it was skipped.
     """
     for group in run.optimizer.param_groups:
         group["lr"] = rates[group["layer"]]
@@ -416,14 +416,14 @@ def train_epoch(run: Run, data: Data, epoch: int) -> dict[str, Any]:
     started = time.perf_counter()
     waited = data.waited
 
-    # 1. What changes from epoch to epoch follows from its number, so that a run can be resumed:
-    #    dropout's generator, what learns, then the plan, which keeps what frozen layers answer.
+    # 1. What changes follows from the epoch's number, so that a run can be resumed: dropout's
+    #    draws, what learns, and the plan: which images make up each update, and how each is shown.
     torch.manual_seed(run.seed * 100_003 + epoch)
     unfreeze(run, groups_learning(epoch, run))
-    plan = plan_epoch(run, data, epoch)  # for each update: which images, and how each is shown
-    network = across_processes(learning_part(run))
+    plan = plan_epoch(run, data, epoch)  # frozen layers' answers may be kept in it, see part 9;
+    network = across_processes(learning_part(run))  # then only what lies behind them is run
 
-    # 2. One update after the other, each layer group at the rate that is due.
+    # 2. One update after the other: a function, to be done again if memory runs out on the way.
     totals = []
     for step, part in enumerate(progress(plan, f"epoch {epoch + 1}")):
         update = epoch * len(plan) + step
@@ -801,7 +801,9 @@ def epoch_line(run: Run, data: Data) -> str:
     """The printed line of the last epoch."""
     entry = run.epochs[-1]
     learning = groups_learning(entry["epoch"] - 1, run)
-    names = ", ".join(list(run.groups)[: min(learning, STAGES)])
+    names = ", ".join(list(run.groups)[:learning])
+    if learning >= len(run.groups):
+        names = "all layers"
     speed = f"{len(data.split['train']) / entry['seconds']:5.0f} images/s"
     if entry["kept_features"]:
         speed = "kept features "
@@ -1001,9 +1003,10 @@ def halve_micro_batch(run: Run) -> None:
              f"{run.flags.IMAGE_SIZE}, choose a smaller model with --architectures, or close other "
              "programs.", everywhere=True)
     if PROCESSES > 1:
-        # The update has to stay the same, so the new size is the largest that divides the old.
-        fewer = max(count for count in range(1, size // 2 + 1) if size % count == 0)
-        steps = size // fewer * run.flags.GRADIENT_ACCUMULATION_STEPS
+        # The update has to stay the same, so the new size is the largest that divides it.
+        update = run.flags.BATCH_SIZE * run.flags.GRADIENT_ACCUMULATION_STEPS
+        fewer = max(count for count in range(1, size // 2 + 1) if update % count == 0)
+        steps = update // fewer
         stop(f"{run.name}: process {RANK} ran out of memory, and the others can't know. Use "
              f"--batch-size {fewer} --gradient-accumulation-steps {steps} --resume true.",
              everywhere=True)
@@ -1034,9 +1037,9 @@ def stop_if_not_finite(run: Run, epoch: int, skipped: list[bool]) -> int:
             advice = ("Set USE_MIXED_PRECISION to false: the network may overflow FP16. If that "
                       "doesn't help, lower BASE_LEARNING_RATE by ten")
         stop(f"{run.name}: epoch {epoch + 1}, update {step + 1}: the loss or a gradient was not "
-             f"finite{times}, at a learning rate of {rate:.2g} and a loss scale of "
-             f"{run.scaler.get_scale():g}. None of it was applied. {advice}, and look at the "
-             "images if it stays.")
+             f"finite{times}, at a learning rate of {rate:.2g}, and at the epoch's end the loss "
+             f"scale was {run.scaler.get_scale():g}. None of it was applied. {advice}, and look at "
+             "the images if it stays.")
     return row
 
 
@@ -1152,6 +1155,10 @@ def checkpoint_file(run: Run) -> Path:
     return Path(run.flags.OUTPUT_DIR, "checkpoints", f"{run.name}.pt")
 
 
+SIGNATURE_OF_ONE_MODEL = ("the model's architecture", "the model's first weights",
+                          "SEED plus the model's place in ARCHITECTURES", "MEMORY_GB")
+
+
 def run_signature(run: Run, data: Data) -> dict[str, Any]:
     """What has to be the same for training to go on: flags that matter, the model, the images."""
     signature = {name: value for name, value in vars(run.flags).items() if name not in PER_RUN}
@@ -1159,9 +1166,12 @@ def run_signature(run: Run, data: Data) -> dict[str, Any]:
     signature["BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS"] = update
     signature["the model's architecture"] = run.weights.architecture
     # Downloaded once, the same weights are cached from then on.
-    signature["the model's first weights"] = run.weights.origin.removesuffix(" (cached)")
+    origin = re.sub(r" \((cached|downloaded)\)$", "", run.weights.origin)
+    signature["the model's first weights"] = origin
     signature["SEED plus the model's place in ARCHITECTURES"] = run.seed
     signature["PRETRAINED"] = os.path.normpath(run.flags.PRETRAINED)
+    if run.gradual and run.flags.FEATURE_VIEWS:  # which views a stage has, where they can't be kept
+        signature["MEMORY_GB"] = run.flags.MEMORY_GB
     # Whatever they are called and wherever they lie, the images and their classes decide.
     signature["the checksum of the images"] = data.fingerprint
     class_names = "\n".join(data.classes)
@@ -1234,6 +1244,7 @@ def read_checkpoint(run: Run, data: Data) -> dict[str, Any] | None:
     """What was saved of this model, or None; sets a damaged file aside, stops for another run's."""
     file = checkpoint_file(run)
     if not file.is_file():
+        check_other_checkpoints(run, data)
         say(f"  RESUME: {file} is not there; {run.name} starts from its first epoch.")
         return None
     try:
@@ -1244,14 +1255,40 @@ def read_checkpoint(run: Run, data: Data) -> dict[str, Any] | None:
         say(f"  {file} is damaged ({reason(error)[:80]}) and was set aside as {file.stem}.damaged; "
             f"{run.name} starts from its first epoch.")
         return None
+    stop_at_another_run(file, before, run_signature(run, data))
+    check_other_checkpoints(run, data)
+    return saved
+
+
+def check_other_checkpoints(run: Run, data: Data) -> None:
+    """Stop if another model's checkpoint is of another run: when its turn comes, hours are spent.
+
+    One that is damaged is set aside then.
+    """
+    names = model_names(run.flags.ARCHITECTURES)
+    if run.name not in names:
+        return  # a training of the ablation has flags of its own
+    wanted = run_signature(run, data)
+    for name in SIGNATURE_OF_ONE_MODEL:
+        wanted.pop(name, None)
+    names.remove(run.name)
+    for name in names:
+        file = checkpoint_file(run).with_name(f"{name}.pt")
+        with contextlib.suppress(Exception):  # of a file that isn't there or is damaged
+            before = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["run"]
+            stop_at_another_run(file, before, wanted)
+
+
+def stop_at_another_run(file: Path, before: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Stop if what a checkpoint says of its run isn't what is wanted, and say what differs."""
     changed = []
-    for name, value in run_signature(run, data).items():
+    for name, value in wanted.items():
         if before.get(name) != value:
             changed.append(f"{name} was {before.get(name)} and is {value}")
     if changed:
         stop(f"RESUME: {file} comes from another run: {'; '.join(changed)}. Set it back, choose "
-             "another OUTPUT_DIR, or start anew with --resume false.")
-    return saved
+             "another OUTPUT_DIR, delete the file to train this model anew, or all of them with "
+             "--resume false.")
 
 
 def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
@@ -1366,7 +1403,7 @@ def model_in_hand(job: Job) -> str:
         return "the run before its first model"
     if len(job.tested) < len(names):
         return names[len(job.tested)]
-    return "the ablation" if job.flags.ABLATION else "the report"
+    return "the ablation" if job.flags.ABLATION and job.ledger is None else "the report"
 
 
 def say_end(cause: str, error: BaseException, job: Job) -> None:
@@ -1384,6 +1421,8 @@ def how_to_go_on(job: Job) -> str:
     """What is true and what can be done after a run that ended early, in sentences."""
     if job.flags.PREDICT:
         return "No answers were written; the models are as before. The same command starts anew."
+    if job.flags.RESUME and not job.tested and not (job.run and job.run.epochs):
+        return "Nothing new was trained. The same command goes on from what an earlier run kept."
     if not job.run and not job.tested:
         return ("This run has trained nothing yet. The same command starts anew; what was "
                 "downloaded as a whole is kept.")
@@ -1417,7 +1456,7 @@ def how_to_leave_out(job: Job) -> str:
 def report_so_far(cause: str, job: Job) -> None:
     """Report on the models that are finished, and on one that was in the middle of its epochs."""
     name = model_in_hand(job)
-    state = f"{name} was next"
+    state = f"{name} was under way" if name == "the ablation" else f"{name} was next"
     how = how_to_go_on(job)
     if job.run and job.run.epochs and job.run.name == name:
         state = f"{name} had finished {len(job.run.epochs)} of {job.flags.NUM_EPOCHS} epochs"
@@ -1762,8 +1801,11 @@ def printable(text: Any) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An error's message in one line, or its kind where it has none."""
-    lines = str(error).splitlines() or [type(error).__name__]
+    """An error's message in one line, or its kind where it has none. A stop's message is a note."""
+    said = str(error)
+    if isinstance(error, SystemExit):
+        said = " ".join(getattr(error, "__notes__", []))
+    lines = said.splitlines() or [type(error).__name__]
     return lines[0].rstrip(".")
 
 
@@ -1897,6 +1939,8 @@ def check_places(flags: SimpleNamespace) -> None:
         stop("PREDICT: start a single process, without torchrun.")
     if flags.PREDICT and not os.path.exists(flags.PREDICT):
         stop(f"PREDICT = {flags.PREDICT}: there is no such image or folder.")
+    if flags.PREDICT:
+        return  # what the models learned from may be gone
     if flags.PRETRAINED not in ("auto", "none") and not os.path.exists(flags.PRETRAINED):
         stop(f"PRETRAINED = {flags.PRETRAINED}: neither auto, none nor an existing file or folder."
              + suggestion(flags.PRETRAINED, ("auto", "none")))
@@ -2213,7 +2257,7 @@ def fetch_archive(url: str, file: Path, md5: str) -> str:
     try:
         with wait_for(ask, f"an answer of {host}", 3 * ANSWER_SECONDS) as answer:
             size = int(answer.headers.get("Content-Length") or 0)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:  # of a mistyped proxy
         return archive_trouble(host, file, error, f"{host} can't be reached")
     say(f"Downloading {file.name} ({size / 1e6:,.1f} MB) from {host}.")
     trouble = f"what {host} sends is not {file.name}: its checksum is wrong"
@@ -2226,7 +2270,7 @@ def fetch_archive(url: str, file: Path, md5: str) -> str:
                 return ""
         except TimeoutError as error:
             return f"{host} stopped sending {file.name}: {reason(error)}"
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             trouble = archive_trouble(host, file, error, f"the download of {file.name} broke off")
     with contextlib.suppress(OSError):
         part.unlink()
@@ -2245,7 +2289,7 @@ def archive_trouble(host: str, file: Path, error: Exception, otherwise: str) -> 
     if isinstance(error, urllib.error.HTTPError):
         return f"{host} answered {error.code} {http.client.responses.get(error.code, '')}"
     network = (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException)
-    if isinstance(error, network) or not error.errno:
+    if isinstance(error, network) or not getattr(error, "errno", None):
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         return f"{otherwise} ({reason(cause)})"
     return f"{file.parent}/ can't take {file.name} ({error.strerror})"
@@ -3146,10 +3190,21 @@ def raw_mode(image: Image.Image) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 
 
+NO_DATA = 42113  # GDAL's TIFF tag: the number, as text, that stands where nothing was measured
+
+
 def deep_values(image: Image.Image, kind: str) -> np.ndarray:
-    """Pixels of more than 8 bits, turned upright: float [H, W], or in colour [H, W, 3]."""
+    """Pixels of more than 8 bits, turned upright: float [H, W], or in colour [H, W, 3].
+
+    Infinite where they are transparent, and no number where nothing was measured.
+    """
+    transparent = image.info.get("transparency")
     if kind != "colour":
-        return np.asarray(upright(image), dtype=float)
+        nothing = getattr(image, "tag_v2", {}).get(NO_DATA)
+        values = np.asarray(upright(image), dtype=float)
+        with contextlib.suppress(TypeError, ValueError):  # None, or a text that is no number
+            values = np.where(np.isclose(values, float(nothing), 1e-6, 0), np.nan, values)
+        return np.where(values == transparent, np.inf, values)
     mode = raw_mode(image)
     image.fp.seek(0)
     content = image.fp.read()
@@ -3157,7 +3212,10 @@ def deep_values(image: Image.Image, kind: str) -> np.ndarray:
     lower = read_raw(content, LOWER_BYTES[mode])
     if mode == "LA;16B":
         upper, lower = lower[..., [0, 2]], lower[..., [1, 3]]
-    return without_alpha(256 * upper.astype(np.float32) + lower)
+    values = without_alpha(256 * upper.astype(np.float32) + lower)
+    if transparent is None:
+        return values
+    return np.where((values == transparent).all(-1, keepdims=True), np.inf, values)
 
 
 def read_raw(content: bytes, mode: str) -> np.ndarray:
@@ -3377,6 +3435,12 @@ def check_split(source: Source, positions: np.ndarray, parts: dict[str, np.ndarr
     learned = set(source.labels[positions[parts["train"]]].tolist())
     missing = [name for label, name in enumerate(source.classes) if label not in learned]
     none_for = ""
+    trainable = set(source.labels[np.isin(source.roles, ("", "train"))].tolist())
+    elsewhere = [name for label, name in enumerate(source.classes) if label not in trainable]
+    if elsewhere:
+        stop(f"DATASET {source.name}: the training part has no folder {some_names(elsewhere)}, "
+             "which another part has. Spell it alike in all parts, add training images of it, or "
+             "move it out of the data set.")
     if missing:
         none_for = f" (none to train on for {', '.join(missing[:9])})"
     for role, part in parts.items():
@@ -4346,11 +4410,13 @@ def ablation_to_come(job: Job, variants: dict[str, dict[str, Any]]) -> str:
     seed = []  # what each training with one seed takes
     for off in variants.values():
         seed.append(gradual if off.get("GRADUAL_UNFREEZING", True) else all_layers)
+    most = ""
     if "without gradual unfreezing" in variants:
-        seed.append(gradual)  # the variant in equal time
+        seed.append(gradual)  # the variant in equal time, if it has an epoch
+        most = "up to "
     seeds = job.flags.ABLATION_SEEDS
-    said = (f"\nThe ablation trains {entry['name']} {len(seed) * seeds - 1} more times: about "
-            f"{duration(sum(seed) * seeds - gradual)}.")
+    said = (f"\nThe ablation trains {entry['name']} {most}{len(seed) * seeds - 1} more times: "
+            f"about {duration(sum(seed) * seeds - gradual)}.")
     if job.flags.RESUME:
         said += " What an earlier run finished of it is not repeated."
     return said
@@ -4924,13 +4990,14 @@ def report(job: Job) -> None:
 
 def remove_older(job: Job) -> None:
     """Remove what an older run left in OUTPUT_DIR and this one may not write: it would mislead."""
-    left = ["ensemble.pt2", "test_predictions.csv", "train_labels.csv"]
-    left += [f"{name}.png" for name in PLOTS]
-    for name in model_names(job.flags.ARCHITECTURES):
-        left += [f"models/{name}/{part}" for part in TIMM_FILES]
-    for name in left:
+    folder = Path(job.flags.OUTPUT_DIR)
+    left = [folder / "ensemble.pt2", folder / "test_predictions.csv", folder / "train_labels.csv"]
+    left += [folder / f"{name}.png" for name in PLOTS]
+    for part in TIMM_FILES:
+        left += folder.glob(f"models/*/{part}")
+    for file in left:
         with contextlib.suppress(OSError):  # one that is open elsewhere costs no report
-            Path(job.flags.OUTPUT_DIR, name).unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
 
 
 def plot_texts(data: Data) -> list[str]:
@@ -5197,8 +5264,8 @@ def section(title: str, body: list[str]) -> list[str]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write text to a file as UTF-8, as a whole or not at all."""
-    write_whole(file, lambda stream: stream.write(text.encode()))
+    """Write text to a file as UTF-8, as a whole or not at all. Paths may hold other bytes."""
+    write_whole(file, lambda stream: stream.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_table(file: Path, header: list[str], rows: list[list[str]]) -> None:
@@ -6248,8 +6315,8 @@ def predict_files(job: Job) -> None:
     for path, answer in rows[:20]:
         say(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in answer))
     if target.is_dir():
-        write_answers(rows, len(unreadable) + len(others), job.flags)
         say_accuracy([paths[place] for place in readable], believed, target, classes)
+        write_answers(rows, len(unreadable) + len(others), job.flags)
         if overlap(target, Path(runs[0].flags.DATASET)):
             say("Images that the models learned from may be among these: only others can tell how "
                 "they fare on new ones.")
@@ -6297,7 +6364,10 @@ def same_spelling(name: str) -> str:
 
 def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int,
                   flags: SimpleNamespace) -> None:
-    """Write predictions.csv: for each path its likeliest classes and their probabilities."""
+    """Write predictions.csv: for each path its likeliest classes and their probabilities.
+
+    To the current folder where OUTPUT_DIR may only be read, as of models that others share.
+    """
     header = ["path"]
     for place in range(1, len(rows[0][1]) + 1):
         header += [f"class_{place}", f"probability_{place}"]
@@ -6307,7 +6377,11 @@ def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int
         for name, share in answer:
             line += [name, f"{share:.4f}"]
         lines.append(line)
-    file = Path(flags.OUTPUT_DIR, "predictions.csv")
+    folder = Path(flags.OUTPUT_DIR)
+    if not os.access(folder, os.W_OK):
+        say(f"{folder}/ may not be written to, so the answers go to the current folder.")
+        folder = Path()
+    file = folder / "predictions.csv"
     write_table(file, header, lines)
     say(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
 
@@ -6644,10 +6718,11 @@ def try_originals(program: nn.Module, wanted: Tensor, data: Data) -> dict[str, A
         places = torch.linspace(0, len(wanted) - 1, min(len(wanted), ORIGINALS)).long().tolist()
     for place in places:
         file = data.files[int(data.split["test"][place])]
+        pixels = None
         with contextlib.suppress(Exception):  # a file that was there hours ago may be gone
             pixels = read_image(file, lambda image: np.array(as_seen(image, data.scale)))
-            if pixels.size <= LARGEST_ORIGINAL:
-                answers[place] = program(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+        if pixels is not None and pixels.size <= LARGEST_ORIGINAL:
+            answers[place] = program(torch.from_numpy(pixels).permute(2, 0, 1)[None])
     if not answers:
         return dict(originals=0)
     made = torch.cat(list(answers.values()))

@@ -255,6 +255,21 @@ def test_originals_that_are_gone_or_too_large_are_left_out(tmp_path, monkeypatch
     assert found["originals"] == found["originals_same_class"] == len(test) - 2
     assert found["originals_largest_difference"] == 0
 
+    def refusing(images):
+        raise RuntimeError("a guard on the width")
+
+    with pytest.raises(RuntimeError, match="guard"):  # such a program isn't handed over
+        at.try_originals(refusing, wanted, data)
+
+
+def test_no_network_of_an_earlier_run_is_left_beside_the_ones_of_this(tmp_path):
+    older = tmp_path / "models" / "resnet50"
+    older.mkdir(parents=True)
+    for name in (*at.TIMM_FILES, "notes.txt"):
+        (older / name).write_text("older")
+    at.remove_older(at.Job(quick_flags(ARCHITECTURES=("test_vit",), OUTPUT_DIR=str(tmp_path)), CPU))
+    assert [file.name for file in older.iterdir()] == ["notes.txt"]
+
 
 def break_export(monkeypatch, tmp_path):
     class Branches(nn.Module):

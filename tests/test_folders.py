@@ -90,6 +90,16 @@ def test_folders_that_may_be_parts_or_classes_are_asked_about(parts, wanted, tmp
     assert wanted in refusal(folder, capsys)
 
 
+def test_a_class_that_the_training_part_lacks_is_named(tmp_path, capsys):
+    folder = data_set(tmp_path / "pets", ("train", "test"))
+    pictures(folder / "test" / "unknown", 3, 50)
+    source = source_of(folder)
+    with pytest.raises(SystemExit):
+        at.split(source, 0, 0, 0)
+    message = capsys.readouterr().err
+    assert "no folder unknown" in message and "TRAIN_IMAGES" not in message
+
+
 def test_parts_without_class_folders_are_no_classes(tmp_path, capsys):
     for part in ("train", "test"):
         pictures(tmp_path / "pets" / part)

@@ -17,12 +17,26 @@ def saved_run(tmp_path, precision=None, **changes):
 
 
 @pytest.mark.parametrize(("flag", "before", "after"), [
-    ("DATASET", "pets", "elsewhere/pets"), ("DATASET", "pets", "pets/"), ("MEMORY_GB", 4.0, 8.0),
+    ("DATASET", "pets", "elsewhere/pets"), ("DATASET", "pets", "pets/"),
     ("PRETRAINED", "weights", "weights/")])
 def test_the_checksum_of_the_images_decides_and_not_where_they_lie(flag, before, after, tmp_path):
     run = saved_run(tmp_path, **{flag: before})
     setattr(run.flags, flag, after)
     assert at.read_checkpoint(run, random_data())["epochs"]
+
+
+@pytest.mark.parametrize("without", [dict(FEATURE_VIEWS=0), dict(GRADUAL_UNFREEZING=False), {}])
+def test_memory_may_change_unless_it_decides_which_views_are_learned_from(
+        without, tmp_path, capsys):
+    run = saved_run(tmp_path, MEMORY_GB=4.0, **without)
+    run.flags.MEMORY_GB = 1e-9
+    if without:
+        assert at.read_checkpoint(run, random_data())["epochs"]
+        return
+    with pytest.raises(SystemExit):
+        at.read_checkpoint(run, random_data())
+    message = capsys.readouterr().err
+    assert "MEMORY_GB was 4.0 and is 1e-09" in message and "delete the file" in message
 
 
 def test_classes_of_other_names_are_refused(tmp_path, capsys):

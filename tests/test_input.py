@@ -1118,7 +1118,8 @@ def test_a_pipe_among_the_images_is_reported_instead_of_waited_for(tmp_path):
 
 def test_names_that_are_not_utf8_stop_nothing(elsewhere, capsys):
     try:
-        folder = make_folder(elsewhere / "pets", 12, (os.fsdecode(b"caf\xe9"), "dog"))
+        place = elsewhere / os.fsdecode(b"B\xe4ume")
+        folder = make_folder(place, 12, (os.fsdecode(b"caf\xe9"), "dog"))
         (folder / "dog" / os.fsdecode(b"gar\xe7on.png")).write_bytes(b"")
     except OSError:
         pytest.skip("this file system takes no such name")
@@ -1129,11 +1130,9 @@ def test_names_that_are_not_utf8_stop_nothing(elsewhere, capsys):
         CPU,
     )
     at.say(*notices, *data.classes)
-    at.write_whole(
-        elsewhere / "report.txt",
-        lambda stream: stream.write("\n".join([*notices, *data.classes]).encode()),
-    )
+    at.write_text(elsewhere / "report.txt", "\n".join([*notices, *data.classes]))
     assert "gar" in capsys.readouterr().out
+    assert r"B\udce4ume" in (elsewhere / "report.txt").read_text()
 
 
 FORMATS = {

@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,16 @@ def test_a_refused_connection_and_dropped_packets_and_a_dead_proxy(hub, monkeypa
     close_session()
     (notice,) = at.weight_notices(search())
     assert f"{hub.url} can't be reached" in notice and hub.count() == 0
+
+
+def test_a_mistyped_proxy_costs_no_more_than_the_download(monkeypatch, tmp_path):
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(variable, "http:/proxy:3128")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # made once, with the proxies of then
+    trouble = at.fetch_archive("http://example.org/cifar.tar.gz", tmp_path / "cifar.tar.gz", "0")
+    assert trouble.startswith("http://example.org can't be reached (") and "proxy" in trouble
 
 
 def test_offline_only_the_cache_is_looked_at(hub, genuine, monkeypatch):

@@ -345,3 +345,40 @@ def test_predict_answers_as_the_run_measured_in_every_format(tmp_path):
     with (tmp_path / "out" / "predictions.csv").open(newline="") as stream:
         (row,) = csv.DictReader(stream)
     assert row["probability_1"] == rows[str(deep)]["probability_1"]
+
+
+@pytest.mark.parametrize("bands", [1, 3])
+def test_a_transparent_colour_of_16_bits_lies_over_white(bands, tmp_path):
+    shape = (9, 9) if bands == 1 else (9, 9, 3)
+    values = np.full(shape, 30_000, np.uint16)
+    values[:3] = 700  # the colour that is marked as transparent
+    file = tmp_path / "pets" / "clear.png"
+    if bands == 1:
+        save(file, values, "png")
+    else:
+        file.parent.mkdir()
+        save_colour(file, values)
+    marked = struct.pack(f">{bands}H", *[700] * bands)
+    chunk = struct.pack(">I", len(marked)) + b"tRNS" + marked
+    content = file.read_bytes()
+    header_end = content.index(b"IDAT") - 4
+    checksum = struct.pack(">I", zlib.crc32(b"tRNS" + marked))
+    file.write_bytes(content[:header_end] + chunk + checksum + content[header_end:])
+    with Image.open(file) as image:
+        shown = np.asarray(at.as_seen(image, None))
+    assert (shown[:3] == 255).all() and (shown[3:] == round(30_000 * 255 / 32_767)).all()
+
+
+@pytest.mark.parametrize("text", ["-9999", "-9999.0 ", "none"])
+def test_where_nothing_was_measured_says_nothing_of_black_and_white(text, tmp_path):
+    values = np.tile(np.linspace(0, 0.6, 20, dtype=np.float32), (20, 1))
+    values[:2] = -9999
+    file = tmp_path / "tile.tif"
+    Image.fromarray(values).save(file, tiffinfo={at.NO_DATA: text})
+    with Image.open(file) as image:
+        kind = at.deep_pixels(image)
+        reach = at.extent(at.deep_values(image, kind))
+        shown = np.asarray(at.as_seen(image, None)).astype(int)
+    assert (reach[0] >= 0) == (text != "none")
+    assert (len(np.unique(shown[2:])) > 10) == (text != "none")
+    assert (shown[:2] == shown.min()).all()

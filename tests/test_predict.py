@@ -449,3 +449,22 @@ def test_models_of_another_run_do_not_answer_under_this_runs_name(
     torch.save(saved, file)
     message = refusal(capsys, trained[1][0], run_folder)
     assert "PREDICT" in message and str(run_folder) in message
+
+
+def test_the_folder_that_was_learned_from_may_be_gone(trained, tmp_path, capsys):
+    output, paths, _ = trained
+    at.main([f"--predict={paths[0]}", f"--output-dir={output}", f"--dataset={tmp_path / 'gone'}",
+             f"--pretrained={tmp_path / 'gone'}"])
+    assert str(paths[0]) in capsys.readouterr().out
+
+
+def test_models_in_a_folder_that_may_only_be_read_answer_into_the_current_one(
+        trained, tmp_path, monkeypatch, capsys):
+    output, paths, _ = trained
+    before = sorted(output.iterdir())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != output)
+    at.main([f"--predict={paths[0].parents[1]}", f"--output-dir={output}"])
+    assert (tmp_path / "predictions.csv").is_file() and sorted(output.iterdir()) == before
+    said = capsys.readouterr().out
+    assert "may not be written to" in said and "Accuracy: " in said

@@ -331,6 +331,27 @@ def test_the_fingerprint_tells_images_labels_and_splits_apart():
     )
 
 
+def test_an_older_checkpoint_of_a_later_model_is_refused_before_the_first_one_trains(
+        tmp_path, capsys):
+    names = ("test_resnet", "test_vit")
+    older = run_of("test_vit", NUM_EPOCHS=2, OUTPUT_DIR=str(tmp_path), ARCHITECTURES=names)
+    data = random_data()
+    at.save_checkpoint(older, data)
+    run = run_of("test_resnet", NUM_EPOCHS=4, OUTPUT_DIR=str(tmp_path), ARCHITECTURES=names,
+                 RESUME=True)
+    with pytest.raises(SystemExit):
+        at.resume(run, data)
+    message = capsys.readouterr().err
+    assert "test_vit.pt comes from another run: NUM_EPOCHS was 2 and is 4." in message
+    at.checkpoint_file(older).write_bytes(b"damaged")  # set aside when its turn comes
+    assert at.resume(run, data) is None
+    at.checkpoint_file(older).unlink()
+    older.flags.NUM_EPOCHS = 4  # the same run, if with another seed and other weights
+    older.seed = 1
+    at.save_checkpoint(older, data)
+    assert at.resume(run, data) is None
+
+
 def test_the_micro_batch_may_change_if_the_update_stays(tmp_path):
     _, run, data = saved_run(tmp_path)
     run.flags.BATCH_SIZE //= 2
@@ -422,9 +443,12 @@ def test_dropout_and_the_loss_scale_go_on_where_they_were(tmp_path, monkeypatch,
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_weights_that_the_hub_has_meanwhile_cached_are_the_same_weights():
+def test_weights_that_the_hub_has_meanwhile_cached_are_the_same_weights(tmp_path):
     run, data = run_of("test_resnet"), random_data()
-    run.weights.origin = "ImageNet weights timm/resnet18.a1_in1k"
-    first = at.run_signature(run, data)
-    run.weights.origin += " (cached)"
-    assert at.run_signature(run, data) == first
+    signatures = []
+    for how in ("downloaded", "cached"):
+        found = at.Found(str(tmp_path / "model.safetensors"), how)
+        run.weights = at.make_weights("resnet18", quick_flags(PRETRAINED="auto"), found)
+        assert how in run.weights.origin
+        signatures.append(at.run_signature(run, data))
+    assert signatures[0] == signatures[1]

@@ -71,8 +71,9 @@ def test_a_network_that_can_not_be_cut_there_learns_from_the_images():
 def test_kept_views_train_like_the_images_themselves(architecture, stage):
     data = random_data()
     epochs = range(5 * stage, 5 * stage + 2)
-    kept, _ = train(architecture, epochs, data, FEATURE_VIEWS=2)
-    fresh, _ = train(architecture, epochs, data, FEATURE_VIEWS=0)
+    slow = dict(BASE_LEARNING_RATE=1e-3)  # AdamW makes a step of the rate's size of any rounding
+    kept, _ = train(architecture, epochs, data, FEATURE_VIEWS=2, **slow)
+    fresh, _ = train(architecture, epochs, data, FEATURE_VIEWS=0, **slow)
     assert kept.kept.tail is not None and fresh.kept.tail is None
     for left, right in zip(kept.parameters, fresh.parameters, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
@@ -149,6 +150,15 @@ def test_an_epoch_from_kept_features_says_so_instead_of_its_speed():
     assert "images/s" not in at.epoch_line(run, data)
     run.epochs[-1]["kept_features"] = False
     assert "images/s" in at.epoch_line(run, data)
+
+
+@pytest.mark.parametrize("gradual", [True, False])
+def test_an_epoch_that_trains_all_layers_says_so(gradual):
+    run = run_of("resnet18", NUM_EPOCHS=4, GRADUAL_UNFREEZING=gradual)
+    run.epochs = [dict(epoch=4, seconds=1.0, kept_features=False, train_loss=1.0,
+                       train_accuracy=0.5, validation_loss=1.0, validation_accuracy=0.5)]
+    names = "head, layer4, layer3, layer2" if gradual else "all layers"
+    assert at.epoch_line(run, random_data()).endswith(f"learning: {names}")
 
 
 def test_the_head_only_stage_runs_on_the_meta_device(allow_meta, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import quick_flags
+from conftest import CPU, quick_flags, random_data
 from test_data import make_folder
 
 import advanced_techniques as at
@@ -291,6 +291,27 @@ def test_ctrl_c_in_a_download_says_that_nothing_was_trained(
                         f"--output-dir={tmp_path / 'out'}", f"--data-dir={tmp_path}"], capsys)
     assert "trained nothing yet" in said and "The same command starts anew" in said
     assert "--resume" not in said
+
+
+def test_a_resumed_run_that_ends_before_its_first_epoch_does_not_say_that_it_starts_anew():
+    job = at.Job(quick_flags(RESUME=True), CPU)
+    assert at.how_to_go_on(job).endswith("The same command goes on from what an earlier run kept.")
+
+
+def test_a_stop_that_was_caught_is_told_in_its_own_words(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        at.stop("The disk is full.")
+    capsys.readouterr()
+    assert at.reason(stopped.value) == "The disk is full"
+    assert at.reason(ValueError("two\nlines")) == "two" and at.reason(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize(("ledger", "ended"), [(None, "the ablation"), ([], "the report")])
+def test_what_a_run_was_about_when_it_ended(ledger, ended):
+    flags = quick_flags(ABLATION=True, ARCHITECTURES=("test_resnet",))
+    job = at.Job(flags, CPU, random_data(), tested=[at.Tested({})])
+    job.ledger = ledger
+    assert at.model_in_hand(job) == ended
 
 
 def test_ctrl_c_in_the_first_epoch_says_that_none_was_finished(small, monkeypatch, capsys):

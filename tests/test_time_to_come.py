@@ -187,6 +187,6 @@ def test_the_ablation_says_how_many_trainings_come_and_how_long_they_take(resume
     # and 240 seconds and two validations of 60; twice all layers, 1200, 240 and four validations.
     assert 3 * (3 * 960 + 2 * 1680) - 960 == 17_760  # seconds, or 4.9 hours
     said = at.ablation_to_come(job, variants)
-    assert said == f"\nThe ablation trains model 14 more times: about 4.9 h{tail}"
+    assert said == f"\nThe ablation trains model up to 14 more times: about 4.9 h{tail}"
     first.speed = None  # where it could not be measured, all layers take as long to train
     assert "14 more times: about 3.9 h." in at.ablation_to_come(job, variants)
