@@ -343,6 +343,10 @@ def test_an_older_checkpoint_of_a_later_model_is_refused_before_the_first_one_tr
         at.resume(run, data)
     message = capsys.readouterr().err
     assert "test_vit.pt comes from another run: NUM_EPOCHS was 2 and is 4." in message
+    at.save_checkpoint(run, data)  # the first one's own is there, and of this run
+    with pytest.raises(SystemExit):
+        at.resume(run, data)
+    assert "test_vit.pt comes from another run" in capsys.readouterr().err
     at.checkpoint_file(older).write_bytes(b"damaged")  # set aside when its turn comes
     assert at.resume(run, data) is None
     at.checkpoint_file(older).unlink()
