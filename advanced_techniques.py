@@ -1155,23 +1155,25 @@ def checkpoint_file(run: Run) -> Path:
     return Path(run.flags.OUTPUT_DIR, "checkpoints", f"{run.name}.pt")
 
 
-SIGNATURE_OF_ONE_MODEL = ("the model's architecture", "the model's first weights",
-                          "SEED plus the model's place in ARCHITECTURES", "MEMORY_GB")
-
-
 def run_signature(run: Run, data: Data) -> dict[str, Any]:
     """What has to be the same for training to go on: flags that matter, the model, the images."""
-    signature = {name: value for name, value in vars(run.flags).items() if name not in PER_RUN}
-    update = run.flags.BATCH_SIZE * run.flags.GRADIENT_ACCUMULATION_STEPS
-    signature["BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS"] = update
+    signature = shared_signature(run, data)
     signature["the model's architecture"] = run.weights.architecture
     # Downloaded once, the same weights are cached from then on.
     origin = re.sub(r" \((cached|downloaded)\)$", "", run.weights.origin)
     signature["the model's first weights"] = origin
     signature["SEED plus the model's place in ARCHITECTURES"] = run.seed
-    signature["PRETRAINED"] = os.path.normpath(run.flags.PRETRAINED)
     if run.gradual and run.flags.FEATURE_VIEWS:  # which views a stage has, where they can't be kept
         signature["MEMORY_GB"] = run.flags.MEMORY_GB
+    return signature
+
+
+def shared_signature(run: Run, data: Data) -> dict[str, Any]:
+    """What is the same for all models of a run."""
+    signature = {name: value for name, value in vars(run.flags).items() if name not in PER_RUN}
+    update = run.flags.BATCH_SIZE * run.flags.GRADIENT_ACCUMULATION_STEPS
+    signature["BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS"] = update
+    signature["PRETRAINED"] = os.path.normpath(run.flags.PRETRAINED)
     # Whatever they are called and wherever they lie, the images and their classes decide.
     signature["the checksum of the images"] = data.fingerprint
     class_names = "\n".join(data.classes)
@@ -1225,6 +1227,7 @@ def take_up(run: Run, data: Data) -> Tested | None:
                 "first epoch. To go on from it, press Ctrl-C before and add --resume true.")
         return None
     saved = from_first_process(lambda: read_checkpoint(run, data))
+    from_first_process(lambda: check_other_checkpoints(run, data))
     if not saved:
         return None
     if "finished" in saved:
@@ -1244,7 +1247,6 @@ def read_checkpoint(run: Run, data: Data) -> dict[str, Any] | None:
     """What was saved of this model, or None; sets a damaged file aside, stops for another run's."""
     file = checkpoint_file(run)
     if not file.is_file():
-        check_other_checkpoints(run, data)
         say(f"  RESUME: {file} is not there; {run.name} starts from its first epoch.")
         return None
     try:
@@ -1256,7 +1258,6 @@ def read_checkpoint(run: Run, data: Data) -> dict[str, Any] | None:
             f"{run.name} starts from its first epoch.")
         return None
     stop_at_another_run(file, before, run_signature(run, data))
-    check_other_checkpoints(run, data)
     return saved
 
 
@@ -1268,9 +1269,7 @@ def check_other_checkpoints(run: Run, data: Data) -> None:
     names = model_names(run.flags.ARCHITECTURES)
     if run.name not in names:
         return  # a training of the ablation has flags of its own
-    wanted = run_signature(run, data)
-    for name in SIGNATURE_OF_ONE_MODEL:
-        wanted.pop(name, None)
+    wanted = shared_signature(run, data)
     names.remove(run.name)
     for name in names:
         file = checkpoint_file(run).with_name(f"{name}.pt")
