@@ -2967,6 +2967,10 @@ def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
                 waiting = read(waiting)
     unreadable, found = from_first_process(lambda: (unreadable, scale))
     scale |= found
+    from_each_machine(bool)  # once all are here, all have mapped the file
+    if first:
+        with contextlib.suppress(OSError):  # Windows keeps it, for the next run to write anew
+            decoded_file(flags).unlink()  # what is mapped stays to the end of the run
     return images, unreadable
 
 
@@ -2974,16 +2978,25 @@ def room_for(count: int, side: int, flags: SimpleNamespace, fresh: bool) -> Tens
     """Space for uint8 [count, 3, side, side]: in memory, or in a memory-mapped file if too large.
 
     Several processes share the file: the first on a machine makes it fresh, the others map what
-    it decoded.
+    it decoded. decode_all() removes its name.
     """
     size = count * 3 * side * side
     if size <= flags.MEMORY_GB * 1e9 and PROCESSES == 1:
         return torch.empty(count, 3, side, side, dtype=torch.uint8)
-    file = Path(flags.DATA_DIR, "decoded_images.bin")
+    file = decoded_file(flags)
     if fresh:
         make_file(file, size)
     pixels = torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
     return pixels.view(count, 3, side, side)
+
+
+def decoded_file(flags: SimpleNamespace) -> Path:
+    """The file in DATA_DIR for decoded images: this run's own on this machine.
+
+    Other runs and machines may share DATA_DIR. But no two runs write to one OUTPUT_DIR.
+    """
+    owner = f"{platform.node()}\n{Path(flags.OUTPUT_DIR).resolve()}\n{flags.PREDICT}"
+    return Path(flags.DATA_DIR, f"decoded_images_{zlib.crc32(os.fsencode(owner)):08x}.bin")
 
 
 def make_file(file: Path, size: int) -> None:
@@ -4185,7 +4198,9 @@ def evaluate_ensemble(finished: list[Tested], labels: Tensor) -> dict[str, Any]:
     predicted = torch.stack([tested.plain.argmax(1) for tested in finished])  # [models, n]
     wrong = predicted != labels
     disagreed = (predicted != predicted[0]).any(0)
-    shared_errors = wrong.all(0).sum() / wrong.any(0).sum().clamp(min=1)
+    shared_errors = None  # where no model errs, there is nothing to share
+    if wrong.any():
+        shared_errors = (wrong.all(0).sum() / wrong.any(0).sum()).item()
     return dict(
         **judge(vote, labels),
         **judge(vote_with_tta, labels, "tta_"),
@@ -4193,7 +4208,7 @@ def evaluate_ensemble(finished: list[Tested], labels: Tensor) -> dict[str, Any]:
         gain_interval=gain["gain_interval"],
         gain_chance=gain["gain_chance"],
         disagreement=disagreed.double().mean().item(),
-        shared_errors=shared_errors.item(),
+        shared_errors=shared_errors,
     )
 
 
@@ -5828,8 +5843,10 @@ def diagnose_ensemble(ensemble: dict[str, Any], models: list[dict[str, Any]]) ->
         return
     tested = [model for model in models if model["test_accuracy"] is not None]
     best = tested[best_on_validation(tested)]
-    yield ("The ensemble does not clearly help: the models agree on "
-           f"{percent(ensemble['shared_errors'])} of their errors. With USE_ENSEMBLE false, "
+    why = "no model errs on these test images"
+    if ensemble["shared_errors"] is not None:
+        why = f"the models agree on {percent(ensemble['shared_errors'])} of their errors"
+    yield (f"The ensemble does not clearly help: {why}. With USE_ENSEMBLE false, "
            f"{shown_name(best)} alone answers, in less time.")
 
 

@@ -102,7 +102,16 @@ def test_an_ensemble_without_effect_is_to_be_left_off_not_to_be_changed_at_rando
     FINDINGS["ensemble does not clearly help"](results)
     (finding,) = at.diagnose(results)
     assert "USE_ENSEMBLE" in finding and "second alone" in finding
+    assert "agree on 40.0% of their errors" in finding
     assert "--architectures" not in finding
+
+
+def test_models_without_errors_agree_on_none():
+    results = healthy()
+    FINDINGS["ensemble does not clearly help"](results)
+    results["ensemble"]["shared_errors"] = None
+    (finding,) = at.diagnose(results)
+    assert "no model errs" in finding and "agree" not in finding
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [(8, "0.4"), (6, "0.3")])

@@ -1,6 +1,7 @@
 """Where images come from, how they are split, and how they are augmented."""
 
 import gzip
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -272,13 +273,35 @@ def test_a_folder_with_train_val_and_test(tmp_path):
     )
 
 
-def test_large_sets_go_to_a_memory_mapped_file(tmp_path):
+def test_large_sets_go_to_a_memory_mapped_file(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "pets")
     small = quick_flags(DATASET=str(folder), DATA_DIR=str(tmp_path / "data"), MEMORY_GB=1e-6)
+    made = []
+    make_file = at.make_file
+    monkeypatch.setattr(at, "make_file", lambda *to: (made.append(to), make_file(*to)))
     mapped, _ = at.load_data(small, CPU)
-    assert (tmp_path / "data" / "decoded_images.bin").stat().st_size == mapped.images.nbytes
     plain, _ = at.load_data(quick_flags(DATASET=str(folder)), CPU)
     assert torch.equal(mapped.images, plain.images)
+    ((file, size),) = made
+    assert file.parent == tmp_path / "data" and size == mapped.images.nbytes
+    if sys.platform.startswith("linux"):
+        assert str(file) in Path("/proc/self/maps").read_text()  # not in memory of its own
+        assert not file.exists()  # nobody has to clear it away
+
+
+def test_runs_that_share_a_data_folder_map_files_of_their_own(tmp_path, monkeypatch):
+    def file(**changes):
+        return at.decoded_file(quick_flags(DATA_DIR=str(tmp_path), **changes))
+
+    monkeypatch.chdir(tmp_path)
+    first = file(OUTPUT_DIR="a")
+    assert first.parent == tmp_path
+    assert first == file(OUTPUT_DIR=str(tmp_path / "a"))  # all of a run's processes agree
+    assert first != file(OUTPUT_DIR="b")
+    assert first != file(OUTPUT_DIR="a", PREDICT="photos")
+    assert first != file(OUTPUT_DIR="\udce4")  # a name that isn't UTF-8
+    monkeypatch.setattr(at.platform, "node", lambda: "another machine")
+    assert first != file(OUTPUT_DIR="a")
 
 
 def test_unreadable_files_are_named_together(tmp_path, capsys):

@@ -767,10 +767,8 @@ def test_a_device_without_space(kind, tmp_path, capsys):
 
 
 def test_no_room_for_decoded_images(tmp_path, monkeypatch, capsys):
-    flags, file = (
-        quick_flags(MEMORY_GB=0, DATA_DIR=str(tmp_path / "data")),
-        tmp_path / "data" / "decoded_images.bin",
-    )
+    flags = quick_flags(MEMORY_GB=0, DATA_DIR=str(tmp_path / "data"))
+    file = at.decoded_file(flags)
 
     def fail(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

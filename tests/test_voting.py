@@ -78,6 +78,16 @@ def test_an_ensemble_gains_where_each_model_errs_elsewhere():
     assert 0.1 < low < 1 / 3 < high and result["shared_errors"] == 0
 
 
+@pytest.mark.parametrize(("errors", "shared"), [((0, 0), None), ((4, 2), 0.5), ((4, 4), 1.0)])
+def test_errors_are_shared_where_there_are_any(errors, shared):
+    data = random_data(count=120)  # 30 to test on
+    labels = data.truth("test")
+    right = torch.nn.functional.one_hot(labels, 4).float()
+    voters = [torch.cat([right[:count].roll(1, 1), right[count:]]) for count in errors]
+    result = at.evaluate_ensemble(finished(voters, voters, (0.5, 0.5)), labels)
+    assert result["shared_errors"] == shared
+
+
 def test_the_vote_is_compared_with_the_model_that_is_best_on_validation_not_on_test():
     data = random_data(count=400)  # 100 to test on
     labels = data.truth("test")
