@@ -561,7 +561,8 @@ def plan_epoch(run: Run, data: Data, epoch: int) -> list[Part]:
 
     Frozen layers answer the same view of an image with the same features, so their forward pass
     need not be repeated: the features of some views are kept and take turns, as long as the same
-    layer groups learn. With a single view the layers behind would learn it by heart.
+    layer groups learn. With a single view the layers behind would learn it by heart. A view comes
+    back in the same updates, so that its features lie in their order.
     """
     kept = keep_features(run, data, epoch)
     if kept.tail is None:
@@ -1257,7 +1258,12 @@ def read_checkpoint(run: Run, data: Data) -> dict[str, Any] | None:
         say(f"  {file} is damaged ({reason(error)[:80]}) and was set aside as {file.stem}.damaged; "
             f"{run.name} starts from its first epoch.")
         return None
-    stop_at_another_run(file, before, run_signature(run, data))
+    wanted = run_signature(run, data)
+    if run.name not in model_names(run.flags.ARCHITECTURES) and what_changed(before, wanted):
+        say(f"  RESUME: {file} comes from an earlier ablation with other flags or images; "
+            f"{run.name} starts from its first epoch.")
+        return None
+    stop_at_another_run(file, before, wanted)
     return saved
 
 
@@ -1280,14 +1286,20 @@ def check_other_checkpoints(run: Run, data: Data) -> None:
 
 def stop_at_another_run(file: Path, before: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Stop if what a checkpoint says of its run isn't what is wanted, and say what differs."""
-    changed = []
-    for name, value in wanted.items():
-        if before.get(name) != value:
-            changed.append(f"{name} was {before.get(name)} and is {value}")
+    changed = what_changed(before, wanted)
     if changed:
         stop(f"RESUME: {file} comes from another run: {'; '.join(changed)}. Set it back, choose "
              "another OUTPUT_DIR, delete the file to train this model anew, or all of them with "
              "--resume false.")
+
+
+def what_changed(before: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What a checkpoint says otherwise of its run than is wanted, in clauses."""
+    changed = []
+    for name, value in wanted.items():
+        if before.get(name) != value:
+            changed.append(f"{name} was {before.get(name)} and is {value}")
+    return changed
 
 
 def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
@@ -1440,12 +1452,19 @@ def how_to_go_on(job: Job) -> str:
 def all_finished(job: Job) -> bool:
     """Whether nothing but the report was left to do."""
     compared = job.ledger is not None or not job.flags.ABLATION
-    return compared and len(finished_models(job)) == len(job.flags.ARCHITECTURES)
+    return compared and all_models_finished(job)
+
+
+def all_models_finished(job: Job) -> bool:
+    """Whether every model is trained and tested; an ablation may still be to come."""
+    return len(finished_models(job)) == len(job.flags.ARCHITECTURES)
 
 
 def how_to_leave_out(job: Job) -> str:
     """How to finish without the model that ended a run, in a sentence; "" if nothing is left."""
     name = model_in_hand(job)
+    if name == "the ablation":
+        return "Without the ablation: --ablation false --resume true."
     others = [other for other in job.flags.ARCHITECTURES if other != name]
     if name not in job.flags.ARCHITECTURES or not others:
         return ""
@@ -3981,12 +4000,24 @@ def hub_trouble(name: str, error: Exception) -> str:
 
 
 def weight_notices(weights: list[Weights]) -> list[str]:
-    """What the user has to know about the weights, in sentences, each once."""
-    alike: dict[str, list[Weights]] = {}
-    for source in weights:
-        if source.notice:
-            alike.setdefault(source.notice, []).append(source)
-    return [notice[0].upper() + notice[1:] + instead(hit) for notice, hit in alike.items()]
+    """What the user has to know about the weights, in sentences, each once.
+
+    What stands in is told of all models together: one network may do so for several.
+    """
+    hit = [source for source in weights if source.notice]
+    reasons = list(dict.fromkeys(source.notice for source in hit))
+    if len(reasons) == 1:
+        return [capitalised(reasons[0]) + instead(hit)]
+    told = [f"{capitalised(why)}." for why in reasons]
+    rest = instead(hit).removeprefix(", and ").removeprefix(": ")
+    if rest not in (".", ""):
+        told.append(capitalised(rest))
+    return told
+
+
+def capitalised(clause: str) -> str:
+    """A clause with a capital first letter; str.capitalize would make all others small."""
+    return clause[:1].upper() + clause[1:]
 
 
 def instead(weights: list[Weights]) -> str:
@@ -4195,6 +4226,7 @@ def evaluate_ensemble(finished: list[Tested], labels: Tensor) -> dict[str, Any]:
     vote = soft_vote(tested.plain for tested in finished)
     vote_with_tta = soft_vote(tested.averaged for tested in finished)
     gain = paired_gain(vote, best.plain, labels)
+    gain |= paired_gain(vote_with_tta, best.averaged, labels, "tta_")
     predicted = torch.stack([tested.plain.argmax(1) for tested in finished])  # [models, n]
     wrong = predicted != labels
     disagreed = (predicted != predicted[0]).any(0)
@@ -4207,6 +4239,9 @@ def evaluate_ensemble(finished: list[Tested], labels: Tensor) -> dict[str, Any]:
         gain_over_best=gain["gain"],
         gain_interval=gain["gain_interval"],
         gain_chance=gain["gain_chance"],
+        tta_gain_over_best=gain["tta_gain"],
+        tta_gain_interval=gain["tta_gain_interval"],
+        tta_gain_chance=gain["tta_gain_chance"],
         disagreement=disagreed.double().mean().item(),
         shared_errors=shared_errors,
     )
@@ -4403,7 +4438,8 @@ def ablate(job: Job) -> list[dict[str, Any]]:
             nothing |= off
         if name not in unused and "USE_TTA" not in off:
             variants[f"without {name}"] = off
-    variants["nothing"] = nothing
+    if any(flag != "USE_TTA" for flag in nothing):  # else there is nothing to train
+        variants["nothing"] = nothing
     say(ablation_to_come(job, variants))
     runs = train_variants(job, variants)
     if "without gradual unfreezing" in runs:
@@ -4429,8 +4465,10 @@ def ablation_to_come(job: Job, variants: dict[str, dict[str, Any]]) -> str:
         seed.append(gradual)  # the variant in equal time, if it has an epoch
         most = "up to "
     seeds = job.flags.ABLATION_SEEDS
-    said = (f"\nThe ablation trains {entry['name']} {most}{len(seed) * seeds - 1} more times: "
-            f"about {duration(sum(seed) * seeds - gradual)}.")
+    more = len(seed) * seeds - 1
+    times_more = f"{more} more times" if more != 1 else "once more"
+    said = (f"\nThe ablation trains {entry['name']} {most}{times_more}: about "
+            f"{duration(sum(seed) * seeds - gradual)}.")
     if job.flags.RESUME:
         said += " What an earlier run finished of it is not repeated."
     return said
@@ -4518,9 +4556,12 @@ def ledger(job: Job, runs: dict[str, list[Tested]], unused: dict[str, str]) -> l
             rows.append(ledger_row(name, on, off, labels))
         if name == "gradual unfreezing" and name not in unused:
             rows.append(equal_time_row(on, runs, tta, labels))
-    bare = [as_tested(run, False) for run in runs["nothing"]]
-    together = ledger_row("all of these together", on, bare, labels)
-    rows.append(together | dict(memory_ran_out=was_halved(runs["nothing"])))
+    if "nothing" in runs:
+        bare = [as_tested(run, False) for run in runs["nothing"]]
+        all_rest = any(map(too_much_for_processes, unused))
+        name = "all the others together" if all_rest else "all of these together"
+        together = ledger_row(name, on, bare, labels)
+        rows.append(together | dict(memory_ran_out=was_halved(runs["nothing"])))
     kinds = {tested.entry["architecture"] for tested in job.tested}
     what = "architectures" if len(kinds) == len(job.tested) else "models"
     for voters, called in ((runs["everything"], "seeds"), (job.tested, what)):
@@ -4676,7 +4717,6 @@ def reset_peak_memory(device: torch.device) -> int | None:
     """
     with contextlib.suppress(OSError, AttributeError, RuntimeError, TypeError):
         if device.type == "cpu":
-            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         else:
             torch.accelerator.reset_peak_memory_stats()
@@ -4702,10 +4742,43 @@ def count_memory_from_here(run: Run) -> None:
 
 
 def training_memory(run: Run) -> int | None:
-    """Bytes that a model's training took, above what was in use before; None if not known."""
+    """Bytes that a model's training takes, above what was in use before; None if not known.
+
+    On a CPU that is what the trial before it found: the process's own memory would tell what
+    earlier trainings left behind in it, in pieces that fit nothing else.
+    """
+    if run.device.type == "cpu":
+        return run.pace.memory if run.pace else None
     if run.peak_memory is None or run.memory_before is None:
         return None
     return run.peak_memory - run.memory_before
+
+
+def memory_of(work: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that work() takes at its fullest, above what was in use before; None if not known."""
+    if device.type == "cpu":
+        return allocated_at_peak(work)
+    before = reset_peak_memory(device)
+    work()
+    peak = peak_memory(device)
+    return peak - before if peak and before else None
+
+
+def allocated_at_peak(work: Callable[[], Any]) -> int:
+    """Bytes of tensors that work() adds on a CPU at its fullest (PyTorch: torch.profiler).
+
+    The same work gives the same number. What an operator needs for itself alone isn't counted.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell that it sees no GPU
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        work()
+    held = 0
+    fullest = 0
+    for event in sorted(profile.events(), key=lambda event: event.time_range.end):
+        held += event.self_cpu_memory_usage  # less than 0 where more was freed
+        fullest = max(fullest, held)
+    return fullest
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
@@ -4724,6 +4797,7 @@ class Pace:
     learning: dict[int, float]  # seconds an image takes to be learned from, by stage
     answer: float  # seconds an image takes to be answered
     keeping: set[int]  # the stages whose frozen features are kept
+    memory: int | None = None  # bytes that training takes, in the stage that takes most; on a CPU
 
 
 def say_time_to_come(run: Run, data: Data) -> None:
@@ -4779,26 +4853,51 @@ def measure_pace(run: Run, data: Data) -> Pace:
     def answer() -> None:
         predict(run, few, "train", VIEWS[:1])
 
+    learn_within_memory = functools.partial(within_memory, learn, run)
     pace = Pace({}, 0.0, set())
     for epoch in range(run.flags.NUM_EPOCHS):
         stage = stage_of(epoch, run)
         if stage in pace.learning:
             continue
         unfreeze(run, groups_learning(epoch, run))
+        memory = 0
         if features_serve(epoch, run):
-            _, tail = cut_network(run, data, views_to_keep(epoch, run))
+            views = views_to_keep(epoch, run)
+            border, tail = cut_network(run, data, views)
             if tail is not None:
                 pace.keeping.add(stage)
+                memory += kept_bytes(border, views, run, data)
         set_training(run.network)
-        within_memory(learn, run)  # to warm up
-        seconds = seconds_of(functools.partial(within_memory, learn, run), run.device)
+        learn_within_memory()  # to warm up
+        seconds = seconds_of(learn_within_memory, run.device)
         pace.learning[stage] = seconds / len(part.chosen)
+        if run.device.type == "cpu":
+            memory += allocated_at_peak(learn_within_memory) + update_bytes(run)
+            pace.memory = max(memory, pace.memory or 0)
     answer()
     pace.answer = seconds_of(answer, run.device) / len(part.chosen)
     run.optimizer.zero_grad(set_to_none=True)
     for name, values in run.network.named_buffers():
         values.copy_(kept[name])
     return pace
+
+
+@torch.no_grad()
+def kept_bytes(border: nn.Module, views: int, run: Run, data: Data) -> int:
+    """Bytes of the features that this process keeps in a stage, as train_epoch() will."""
+    run.network.eval()
+    images, _ = data.fetch(data.split["train"][:2], run.device)
+    with autocast(run):
+        features = features_at(border, run.network, show(images, run))[0]
+    learned = views * len(data.split["train"]) // PROCESSES * features.element_size()
+    validated = len(data.split["validation"]) * torch.float32.itemsize
+    return features.numel() * (learned + validated)
+
+
+def update_bytes(run: Run) -> int:
+    """Bytes of the gradients of what learns, and of AdamW's two averages of them."""
+    learning = [parameter for parameter in run.parameters if parameter.requires_grad]
+    return sum(3 * parameter.numel() * parameter.element_size() for parameter in learning)
 
 
 def seconds_to_come(run: Run, data: Data) -> float:
@@ -4879,11 +4978,8 @@ def measure_update(run: Run, data: Data, precision: torch.dtype | None,
     def within() -> Tensor:
         return within_memory(one_update, timed)
 
-    before = reset_peak_memory(run.device)
-    seconds_of(within, run.device)  # to warm up
+    taken = memory_of(within, run.device)  # and to warm up
     seconds = [seconds_of(within, run.device) for _ in range(3)]
-    peak = peak_memory(run.device)
-    taken = peak - before if peak and before else None
     return part.images / sorted(seconds)[1], taken
 
 
@@ -4998,7 +5094,7 @@ def report(job: Job) -> None:
     if figures:
         say(f"Written to {folder}/: report.txt, results.json, test_predictions.csv, "
             f"train_labels.csv, {written.count(True)} plots, and the models in checkpoints/.")
-    if RANK == 0 and job.flags.EXPORT and all_finished(job):
+    if RANK == 0 and job.flags.EXPORT and all_models_finished(job):
         hand_over(job, results)
 
 
@@ -5027,7 +5123,8 @@ def collect_results(job: Job) -> dict[str, Any]:
     labels = job.data.truth("test")
     finished = finished_models(job)
     ensemble = dict.fromkeys(
-        ("accuracy", "tta_accuracy", "gain_over_best", "gain_interval", "disagreement",
+        ("accuracy", "tta_accuracy", "gain_over_best", "gain_interval", "gain_chance",
+         "tta_gain_over_best", "tta_gain_interval", "tta_gain_chance", "disagreement",
          "temperature", "calibrated_loss", "calibrated_error", "temperature_why"))
     if ensemble_votes(job):
         ensemble = evaluate_ensemble(finished, labels) | calibrate_vote(finished, job.data)
@@ -5124,7 +5221,8 @@ def compare_architectures(finished: list[Tested], flags: SimpleNamespace) -> lis
             model = tested.entry
             entries[figures["name"]] = dict(
                 figures, accuracy=model[f"{prefix}accuracy"], seconds=model["seconds"],
-                trained=model["architecture"], best_for=[])
+                trained=model["architecture"], best_for=[],
+                pretrained=model.get("pretrained", True))  # an older checkpoint doesn't tell
     compared = list(entries.values())
     if len(compared) > 1:
         name_strengths(compared)
@@ -5146,6 +5244,8 @@ def name_strengths(compared: list[dict[str, Any]]) -> None:
         award("fastest to answer", lambda entry: entry["inference_images_per_second"])
     if len({entry["trained"] for entry in compared}) < len(compared):
         return  # one network stood in for several: its seeds would be compared
+    if len({entry["pretrained"] for entry in compared}) > 1:
+        return  # ImageNet's weights would be compared with random ones
     award(MOST_ACCURATE, lambda entry: entry["accuracy"])
     # Twice the time is worth it where it halves the errors.
     award(BEST_FOR_ITS_TIME, lambda entry: (entry["accuracy"] - 1) * entry["seconds"])
@@ -5225,6 +5325,7 @@ def trained_entry(run: Run, data: Data) -> dict[str, Any]:
     return dict(name=run.name, architecture=run.weights.architecture, weights=run.weights.origin,
                 stands_in_for=run.weights.stands_in_for,
                 memory_ran_out=run.micro_batch < run.flags.BATCH_SIZE,
+                pretrained=run.weights.trained,
                 parameters=count_parameters(run.network), seconds=spent,
                 images_per_second=len(data.split["train"]) * len(run.epochs) / spent,
                 train_accuracy=last["train_accuracy"],
@@ -5388,11 +5489,22 @@ def accuracy_table(results: dict[str, Any]) -> list[str]:
                          f"McNemar's p = {model['tta_gain_chance']:.2g}.")
     ensemble = results["ensemble"]
     if ensemble["accuracy"] is not None:
-        gain = points(ensemble["gain_over_best"], ensemble["gain_interval"])
-        lines.append(f"Soft voting gains {gain} points over the best single model (best on "
-                     f"validation), McNemar's p = {ensemble['gain_chance']:.2g}; the models "
-                     f"disagree on {percent(ensemble['disagreement'])} of the test images.")
+        lines += ensemble_lines(ensemble, results["flags"]["USE_TTA"])
     return lines + copies_lines(results["dataset"]["copies"])
+
+
+def ensemble_lines(ensemble: dict[str, Any], tta: bool) -> list[str]:
+    """What the accuracy section says of the vote."""
+    gain = points(ensemble["gain_over_best"], ensemble["gain_interval"])
+    said = (f"Soft voting gains {gain} points over the best single model (best on validation), "
+            f"McNemar's p = {ensemble['gain_chance']:.2g}")
+    if tta:
+        gain = points(ensemble["tta_gain_over_best"], ensemble["tta_gain_interval"])
+        said = (f"{said}; where both have TTA, {gain} points, "
+                f"p = {ensemble['tta_gain_chance']:.2g}")
+    said = (f"{said}. The models disagree on {percent(ensemble['disagreement'])} of the test "
+            "images.")
+    return textwrap.wrap(said, REPORT_WIDTH)
 
 
 def copies_lines(copies: dict[str, Any] | None) -> list[str]:
@@ -5473,17 +5585,29 @@ def calibration_table(results: dict[str, Any]) -> list[str]:
     if not fitted:
         return [*shown, "Without a temperature --predict answers with probabilities as they are."]
     validation = results["dataset"]["validation_images"]
-    answers = "--predict answers at this temperature."
+    whose = "One temperature"
+    if len(rows) > 1:
+        whose = "One temperature a model"
+    if ensemble["accuracy"] is not None:
+        whose = f"{whose} and one for the vote"
+    said = (f"{whose} (Guo et al., 2017): each probability to the power of 1/temperature, adding "
+            f"up to 1 again. Fitted on the {validation:,} validation images, shown on the test "
+            "images, with the same views. Below 1: it was less sure than it may be. The likeliest "
+            f"class stays the same. {answers_at(results)}")
+    return [*shown, *textwrap.wrap(said, REPORT_WIDTH)]
+
+
+def answers_at(results: dict[str, Any]) -> str:
+    """At which temperature --predict answers, in a sentence."""
     if final_temperature(results) == 1.0:
-        answers = "What --predict answers with has no temperature."
-    return [
-        *shown,
-        "One temperature a model and one for the vote (Guo et al., 2017): each probability to the "
-        "power of 1/temperature, adding",
-        f"up to 1 again. Fitted on the {validation:,} validation images, shown on the test images, "
-        "with the same views. Below 1: it was",
-        f"less sure than it may be. The likeliest class stays the same. {answers}",
-    ]
+        return "What --predict answers with has no temperature."
+    tested = [model for model in results["models"] if model["test_accuracy"] is not None]
+    if results["ensemble"]["accuracy"] is not None:
+        return "--predict answers at the vote's temperature."
+    if len(tested) == 1:
+        return "--predict answers at this temperature."
+    best = tested[best_on_validation(tested)]
+    return f"--predict answers with {shown_name(best)}, at its temperature."
 
 
 def calibration_row(name: str, part: dict[str, Any], prefix: str) -> str:
@@ -5568,10 +5692,13 @@ def architectures_table(results: dict[str, Any]) -> list[str]:
         "(multiplications and additions count one each),",
         "images/s of training with all layers learning, "
         f"{flags['BATCH_SIZE']} images an update, and of plain answers.",
-        "Best accuracy for its time: its errors times its seconds of training are the fewest. "
-        "Accuracies that differ by less",
-        "than their intervals above may differ by chance.",
     ]
+    if any(BEST_FOR_ITS_TIME in entry["best_for"] for entry in compared):
+        lines += [
+            "Best accuracy for its time: its errors times its seconds of training are the fewest. "
+            "Accuracies that differ by less",
+            "than their intervals above may differ by chance.",
+        ]
     if stood_in:
         names = [f"{SHIPPED[entry['trained']].label} for {entry['name']}" for entry in stood_in]
         said = f"* Accuracy and seconds of training are the stand-in's: {', '.join(names)}."
@@ -5642,7 +5769,7 @@ def speed_lines(model: dict[str, Any], speed: dict[str, Any]) -> list[str]:
 
 
 ABLATION_COLUMNS = {
-    "technique": "{:<26}", "with": "{:>8}", "without": "{:>8}", "change": "  {:<22}",
+    "technique": "{:<30}", "with": "{:>8}", "without": "{:>8}", "change": "  {:<22}",
     "time": "{:>8}", "memory": "{:>9}", "verdict": "  {}",
 }
 
@@ -5654,8 +5781,10 @@ def ablation_table(results: dict[str, Any]) -> list[str]:
     flags = results["flags"]
     first = shown_name(results["models"][0])
     seeds = flags["ABLATION_SEEDS"]
-    lines = [f"{first}, {seeds} seed{'s' if seeds > 1 else ''}: with everything on, "
-             "and without each technique. Change: test accuracy in points, 95 % interval.",
+    lines = [f"{first}, {seeds} seed{'s' if seeds > 1 else ''}: as above, and without each "
+             "technique. Change: test accuracy in points, 95 % interval. Time:",
+             "of training and testing. Memory: of training, beyond what was in use before. Both as "
+             "multiples of what it takes without.",
              heading_row(ABLATION_COLUMNS)]
     for entry in results["ablation"]:
         lines.append(table_row(ABLATION_COLUMNS, ablation_cells(entry)))
@@ -5666,7 +5795,10 @@ def ablation_table(results: dict[str, Any]) -> list[str]:
         if entry.get("memory_ran_out"):
             lines.append("Without all of these, memory ran out, and micro-batches were accumulated "
                          "all the same.")
-    lines.append("A vote is compared with the one of its models that is best on validation.")
+    if any("soft vote" in entry["technique"] for entry in results["ablation"]):
+        lines += ["A vote is compared with the one of its models that is best on validation. It is "
+                  "taken once: its interval tells",
+                  "what other test images would change, and not what other seeds would."]
     measured = [entry for entry in results["ablation"] if not entry["why"]]
     if measured and seeds > 1:
         lines.append(chance_line(len(measured)))
@@ -5732,7 +5864,7 @@ def diagnose_model(model: dict[str, Any], speed: dict[str, Any] | None,
         *diagnose_precision(model, speed, flags),
         *diagnose_loss_scale(model["epochs"]),
         *diagnose_fit(model["epochs"], results["dataset"]["validation_images"]),
-        *diagnose_stages(model["epochs"], bool(results["ablation"])),
+        *diagnose_stages(model["epochs"], what_tells(model, results)),
         *diagnose_tta(model, flags),
     ]
 
@@ -5812,8 +5944,18 @@ def diagnose_fit(epochs: list[dict[str, Any]], images: int) -> Iterator[str]:
                "quarter. Raise NUM_EPOCHS.")
 
 
-def diagnose_stages(epochs: list[dict[str, Any]], in_ledger: bool) -> Iterator[str]:
-    """Did each unfreezing stage end better than the one before it?"""
+def what_tells(model: dict[str, Any], results: dict[str, Any]) -> str:
+    """What tells whether a technique pays for a model; the ablation compares the first one."""
+    if not results["ablation"]:
+        return "--ablation true measures, for the first of ARCHITECTURES"
+    if model is results["models"][0]:
+        return "the ledger tells"
+    return "a ledger of its own would tell: name it first in ARCHITECTURES"
+
+
+def diagnose_stages(epochs: list[dict[str, Any]], told: str) -> Iterator[str]:
+    """Did each unfreezing stage end better than the one before it? told: what tells of its worth.
+    """
     at_the_end = {entry["stage"]: entry["validation_accuracy"] for entry in epochs}
     idle = []
     for stage, accuracy in at_the_end.items():
@@ -5821,7 +5963,6 @@ def diagnose_stages(epochs: list[dict[str, Any]], in_ledger: bool) -> Iterator[s
         if before is not None and accuracy <= before:
             idle.append(str(stage))
     if idle:
-        told = "the ledger tells" if in_ledger else "--ablation true measures"
         yield (f"unfreezing stage {', '.join(idle)} brought no validation accuracy. Whether "
                f"unfreezing by stages pays here, {told}.")
 
@@ -5839,15 +5980,20 @@ def diagnose_tta(model: dict[str, Any], flags: dict[str, Any]) -> Iterator[str]:
 
 def diagnose_ensemble(ensemble: dict[str, Any], models: list[dict[str, Any]]) -> Iterator[str]:
     """Does voting clearly beat the best single model?"""
-    if ensemble["accuracy"] is None or ensemble["gain_interval"][0] > 0:
+    if ensemble["accuracy"] is None:
+        return
+    interval = ensemble["tta_gain_interval"]  # as the run answers: without TTA, the plain one
+    if interval[0] > 0:
         return
     tested = [model for model in models if model["test_accuracy"] is not None]
     best = tested[best_on_validation(tested)]
-    why = "no model errs on these test images"
+    gain = points(ensemble["tta_gain_over_best"], interval)
+    why = "No model errs on these test images"
     if ensemble["shared_errors"] is not None:
-        why = f"the models agree on {percent(ensemble['shared_errors'])} of their errors"
-    yield (f"The ensemble does not clearly help: {why}. With USE_ENSEMBLE false, "
-           f"{shown_name(best)} alone answers, in less time.")
+        why = (f"Of the images that any model gets wrong, all of them get "
+               f"{percent(ensemble['shared_errors'])} wrong")
+    yield (f"The ensemble does not clearly help: it gains {gain} points. {why}. With USE_ENSEMBLE "
+           f"false, {shown_name(best)} alone answers, in less time.")
 
 
 def diagnose_balance(results: dict[str, Any]) -> Iterator[str]:

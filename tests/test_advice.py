@@ -102,16 +102,22 @@ def test_an_ensemble_without_effect_is_to_be_left_off_not_to_be_changed_at_rando
     FINDINGS["ensemble does not clearly help"](results)
     (finding,) = at.diagnose(results)
     assert "USE_ENSEMBLE" in finding and "second alone" in finding
-    assert "agree on 40.0% of their errors" in finding
+    assert "+0.0 (-1.0 to +1.0) points" in finding and "all of them get 40.0% wrong" in finding
     assert "--architectures" not in finding
 
 
-def test_models_without_errors_agree_on_none():
+def test_the_vote_is_judged_as_the_run_answers():
+    results = healthy()
+    results["ensemble"]["gain_interval"] = [-0.01, 0.01]  # without TTA
+    assert at.diagnose(results) == []
+
+
+def test_models_without_errors_share_none():
     results = healthy()
     FINDINGS["ensemble does not clearly help"](results)
     results["ensemble"]["shared_errors"] = None
     (finding,) = at.diagnose(results)
-    assert "no model errs" in finding and "agree" not in finding
+    assert "No model errs" in finding and "gets wrong" not in finding
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [(8, "0.4"), (6, "0.3")])

@@ -112,6 +112,19 @@ def test_a_report_that_fails_too_hides_nothing(arguments, tmp_path, monkeypatch,
     assert (tmp_path / "out" / "results.json").is_file()
 
 
+def test_an_ablation_that_ends_early_leaves_what_the_finished_models_hand_over(
+        arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(at, "ablate", fail_at(0, at.ablate, RuntimeError("no memory")))
+    with pytest.raises(RuntimeError):
+        at.main([*arguments, "--ablation=true"])
+    out = tmp_path / "out"
+    assert "PARTIAL REPORT: the ablation was under way" in (out / "report.txt").read_text()
+    assert (out / "ensemble.pt2").is_file() and (out / "models" / "test_resnet").is_dir()
+    assert "Without the ablation: --ablation false --resume true." in capsys.readouterr().out
+    at.main([*arguments, "--ablation=false", "--resume=true"])
+    assert "PARTIAL" not in (out / "report.txt").read_text()
+
+
 @pytest.mark.parametrize("error", [RuntimeError("no clock"), SystemExit(2), KeyboardInterrupt()])
 def test_a_model_is_kept_though_its_speed_cannot_be_measured(
         error, arguments, tmp_path, monkeypatch, capsys):

@@ -313,26 +313,105 @@ def test_the_ledger_compares_at_equal_time_and_votes_with_the_best_on_validation
                    row["technique"])
 
 
-def test_memory_of_training_is_counted_above_what_was_held_before():
+def memory_of_trial(**flags):
+    """What training a model takes, as the trial before it finds on a CPU."""
+    run, data = run_of("test_resnet", NUM_EPOCHS=4, **flags), random_data()
+    run.pace = at.measure_pace(run, data)
+    return at.training_memory(run)
+
+
+def test_memory_of_training_on_a_cpu_is_what_its_tensors_take_whatever_went_before():
+    first = memory_of_trial()
     held = torch.ones(100_000_000)  # 400 MB that training doesn't answer for
-    run = run_of("test_resnet", NUM_EPOCHS=1)
-    data = random_data()
+    assert 0 < first < held.nbytes
+    del held
+    assert memory_of_trial() == first
+    assert memory_of_trial(USE_COSINE_SCHEDULE=False) == first
+    assert memory_of_trial(BATCH_SIZE=16, GRADIENT_ACCUMULATION_STEPS=1) > 1.05 * first
+    assert memory_of_trial(GRADUAL_UNFREEZING=False) > first  # gradients of all layers
+
+
+def test_kept_features_count_as_memory_of_training():
+    run, data = run_of("test_resnet", NUM_EPOCHS=4), random_data()
+    for epoch in (0, 2):
+        at.train_epoch(run, data, epoch)
+        at.validate(run, data)
+        held = sum(features.nbytes for features in run.kept.features.values())
+        assert held == at.kept_bytes(run.kept.border, 1, run, data)  # one epoch, so one view
+    few = memory_of_trial(FEATURE_VIEWS=1)
+    bytes_a_view = at.kept_bytes(run.kept.border, 2, run, data) - held
+    assert memory_of_trial(FEATURE_VIEWS=500) > few + 400 * bytes_a_view
+    assert memory_of_trial(FEATURE_VIEWS=500, MEMORY_GB=0.0) < few + bytes_a_view
+
+
+def test_memory_of_work_is_that_of_its_fullest_moment():
+    kept = []
+
+    def work():
+        large = torch.ones(1_000_000)
+        kept.append(torch.ones(500_000))
+        del large
+        kept.append(torch.ones(700_000))
+
+    assert at.allocated_at_peak(work) == 4 * 1_500_000
+    assert at.memory_of(work, CPU) == 4 * 1_500_000
+
+
+def test_an_accelerator_counts_its_memory_itself_above_what_was_held_before(monkeypatch):
+    run, data = run_of("test_resnet", NUM_EPOCHS=2), random_data()
+    monkeypatch.setattr(at, "reset_peak_memory", lambda device: 1000)
+    monkeypatch.setattr(at, "peak_memory", lambda device: 1700)
+    assert at.memory_of(int, torch.device("cuda")) == 700
     at.train_model(run, data)
-    assert run.memory_before > held.nbytes
-    assert 0 < at.training_memory(run) < held.nbytes
-    run.memory_before = None  # where the system can't tell
-    assert at.training_memory(run) is None
+    run.device = torch.device("cuda")
+    assert at.training_memory(run) == 700
+    run.device = CPU
+    del run.epochs[1]
+    at.train_model(run, data)  # resumed: its averages of the gradients were there before
+    run.device = torch.device("cuda")
+    assert len(run.epochs) == 2 and at.training_memory(run) is None
+    monkeypatch.setattr(at, "reset_peak_memory", lambda device: None)
+    assert at.memory_of(int, torch.device("cuda")) is None
+
+
+def test_that_memory_ran_out_is_kept():
+    run, data = run_of("test_resnet", NUM_EPOCHS=1), random_data()
+    at.train_model(run, data)
     assert at.trained_entry(run, data)["memory_ran_out"] is False
     run.micro_batch //= 2
     assert at.trained_entry(run, data)["memory_ran_out"] is True
 
 
-def test_of_a_resumed_model_the_memory_of_its_training_is_not_known():
-    run, data = run_of("test_resnet", NUM_EPOCHS=2), random_data()
-    at.train_model(run, data)
-    del run.epochs[1]
-    at.train_model(run, data)  # its averages of the gradients were there before
-    assert len(run.epochs) == 2 and at.training_memory(run) is None
+@pytest.mark.parametrize(("off", "trained"), [
+    (("USE_TTA",), True),
+    (("USE_MIXED_PRECISION", "USE_COSINE_SCHEDULE", "GRADUAL_UNFREEZING"), False),
+])
+def test_nothing_is_trained_without_all_where_training_would_be_the_same(monkeypatch, off, trained):
+    data = random_data(count=400)
+    names = []
+
+    def record(run, data, keep):
+        names.append(run.name)
+        return finished()
+
+    def finished():
+        answer = probabilities_of([True] * 100, data)
+        entry = dict(name="test_resnet", architecture="test_resnet", seconds=1.0,
+                     plain_seconds=1.0, tta_seconds=1.0, training_memory_bytes=None,
+                     validation_accuracy=0.5, precision="bfloat16", precision_why="",
+                     epochs=[dict(stage=1)])
+        return at.Tested(entry, answer, answer)
+
+    monkeypatch.setattr(at, "train_and_test", record)
+    monkeypatch.setattr(
+        at, "new_network", lambda name, classes, *_: at.timm.create_model(name, num_classes=classes)
+    )
+    flags = quick_flags(ARCHITECTURES=("test_resnet",), ABLATION_SEEDS=1,
+                        GRADIENT_ACCUMULATION_STEPS=1, **dict.fromkeys(off, False))
+    job = at.Job(flags, CPU, data, weights=[at.Weights("test_resnet", "", {})], tested=[finished()])
+    rows = at.ablate(job)
+    assert ("ablation_nothing_1" in names) == trained
+    assert any("all of these" in row["technique"] for row in rows) == trained
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -357,10 +436,26 @@ def test_of_one_seed_the_ledger_says_what_its_intervals_leave_out():
     row = dict(technique="a technique", why="", accuracy_on=0.9, accuracy_off=0.8, change=0.1,
                interval=[0.05, 0.15], time_ratio=1.0, memory_ratio=None, verdict="helps")
     model = dict(name="model", stands_in_for=None)
-    for seeds, said in ((1, "what another seed would"), (3, "chance alone")):
+    for seeds, said, unsaid in ((1, "what another seed would", "chance alone"),
+                                (3, "chance alone", "what another seed would")):
         table = at.ablation_table(dict(ablation=[row], models=[model],
                                        flags=at.FLAGS | dict(ABLATION_SEEDS=seeds)))
         assert said in " ".join(table) and f"model, {seeds} seed{'s' * (seeds > 1)}: " in table[0]
+        assert unsaid not in " ".join(table)
+
+
+def test_a_vote_is_said_to_be_taken_once_where_there_is_one():
+    row = dict(technique="soft vote of 12 architectures", why="", accuracy_on=0.9, accuracy_off=0.8,
+               change=0.1, interval=[0.05, 0.15], time_ratio=1.0, memory_ratio=None,
+               verdict="helps")
+    results = dict(models=[dict(name="model", stands_in_for=None)], flags=at.FLAGS)
+    table = at.ablation_table(results | dict(ablation=[row]))
+    heading = next(line for line in table if line.startswith("technique"))
+    shown = next(line for line in table if line.startswith("soft vote"))
+    assert heading.index("verdict") == shown.index("helps")  # the name fits its column
+    assert "not what other seeds would" in " ".join(table)
+    single = at.ablation_table(results | dict(ablation=[row | dict(technique="cosine annealing")]))
+    assert "vote" not in " ".join(single)
 
 
 def test_images_that_all_changed_alike_tell_nothing_of_others():
@@ -430,7 +525,8 @@ def healthy() -> dict:
         speed=dict(first=speed, second=dict(speed)),
         flags=at.FLAGS,
         ablation=None,
-        ensemble=dict(accuracy=0.92, gain_interval=[0.01, 0.03], shared_errors=0.4),
+        ensemble=dict(accuracy=0.92, gain_interval=[0.01, 0.03], shared_errors=0.4,
+                      tta_gain_over_best=0.02, tta_gain_interval=[0.01, 0.03]),
         classes=[dict(name=f"class {index}", images=100, errors=10) for index in range(4)],
     )
 
@@ -485,7 +581,7 @@ FINDINGS = {
         tta_gain=-0.02, tta_gain_interval=[-0.03, -0.01]
     ),
     "ensemble does not clearly help": lambda results: results["ensemble"].update(
-        gain_interval=[-0.01, 0.01]
+        tta_gain_over_best=0.0, tta_gain_interval=[-0.01, 0.01]
     ),
     "Class class 2 carries": lambda results: results["classes"][2].update(errors=60),
 }
@@ -518,8 +614,13 @@ def test_the_ablation_does_not_advise_itself():
     results = healthy()
     results["ablation"] = [dict(technique="gradual unfreezing")]
     FINDINGS["stage 3 brought no"](results)
-    (found,) = at.diagnose(results)
-    assert "the ledger tells" in found and "--ablation" not in found
+    first, second = at.diagnose(results)
+    assert first.startswith("first: ") and "the ledger tells" in first
+    assert second.startswith("second: ") and "a ledger of its own would tell" in second
+    assert "--ablation" not in first + second
+    results["ablation"] = None
+    (both,) = at.diagnose(results)
+    assert "--ablation true measures, for the first of ARCHITECTURES" in both
 
 
 def test_what_several_models_share_is_said_once():

@@ -298,7 +298,8 @@ def test_a_checkpoint_from_other_flags_is_refused_by_name(start, whole, changes,
 
 def saved_run(tmp_path):
     """A checkpoint after two epochs of a small model: its file, the run, its data."""
-    run = run_of("test_resnet", NUM_EPOCHS=2, OUTPUT_DIR=str(tmp_path), RESUME=True)
+    run = run_of("test_resnet", NUM_EPOCHS=2, OUTPUT_DIR=str(tmp_path), RESUME=True,
+                 ARCHITECTURES=("test_resnet",))
     data = random_data()
     at.train_model(run, data)
     return tmp_path / "checkpoints" / "test_resnet.pt", run, data
@@ -311,6 +312,17 @@ def test_other_images_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         at.read_checkpoint(run, data)
     assert "checksum of the images" in capsys.readouterr().err
+
+
+def test_what_an_earlier_ablation_left_is_trained_anew(tmp_path, capsys):
+    _, run, data = saved_run(tmp_path)
+    run.name = "ablation_without_cosine_annealing_2"
+    at.save_checkpoint(run, data)
+    assert at.read_checkpoint(run, data)["epochs"] == run.epochs  # of this one: gone on from
+    run.flags.NUM_EPOCHS = 8  # nobody set what the time of the first training decides
+    assert at.read_checkpoint(run, data) is None
+    said = capsys.readouterr().out
+    assert "comes from an earlier ablation" in said and "starts from its first epoch" in said
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path, capsys, monkeypatch):

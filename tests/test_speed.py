@@ -324,6 +324,22 @@ def test_the_precision_does_not_decide_whether_features_are_kept():
         assert not at.fits(torch.zeros(2, 520, dtype=precision), 2, run, data)
 
 
+class OnAnAccelerator:
+    """Features of two images, 64 numbers each, on a device that this machine lacks."""
+
+    device = torch.device("cuda")
+
+    def __getitem__(self, place):
+        return torch.zeros(64)
+
+
+@pytest.mark.parametrize(("free", "fit"), [(2 * 12_800, True), (2 * 12_799, False)])
+def test_on_an_accelerator_kept_features_take_half_of_what_is_free_there(monkeypatch, free, fit):
+    run, data = run_of("test_resnet"), random_data()  # 20 images to train on, 10 to validate
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (free, 10**12))
+    assert at.fits(OnAnAccelerator(), 2, run, data) == fit  # 50 images at 256 bytes
+
+
 def test_the_speed_section_counts_what_the_epochs_took(monkeypatch):
     monkeypatch.setattr(at, "measure_update", lambda run, data, precision, micro_batch: (
         {None: 50.0, torch.bfloat16: 80.0}[precision] * (1 if micro_batch == 8 else 2), 1000))

@@ -75,6 +75,26 @@ def test_a_missing_package_is_done_without(monkeypatch, missing, wanted):
     assert all(weights.trained for weights in found)
 
 
+def test_that_seeds_of_one_network_differ_is_said_whatever_kept_each_ones_weights_away(monkeypatch):
+    without(monkeypatch, "tf_efficientnet_lite1", "tf_efficientnet_lite2")
+    found = search(*LESSON)
+    for weights in found:  # each in words of its own
+        weights.notice = f"the hub answered 403 Forbidden for {weights.stands_in_for}"
+    *reasons, told = at.weight_notices(found)
+    assert reasons == [f"The hub answered 403 Forbidden for {name}." for name in LESSON]
+    assert told == ("EfficientNet-Lite0 with ImageNet weights STANDS IN for resnet18, resnet50, "
+                    "efficientnet_b0, each with another seed, and table and plots say so.")
+    without(monkeypatch, "tf_efficientnet_lite0")
+    found = search("resnet18", "resnet50")
+    for weights in found:
+        weights.notice = f"the hub answered 403 Forbidden for {weights.architecture}"
+    *reasons, told = at.weight_notices(found)
+    assert len(reasons) == 2 and told.startswith("None of the packages ")
+    assert "NO IMAGENET WEIGHTS for resnet18, resnet50. " in told
+    found[0].notice = found[1].notice = ""
+    assert at.weight_notices(found) == []
+
+
 def test_any_other_architecture_gets_the_fastest_whatever_else_is_named():
     for names in (["vit_tiny_patch16_224"], ["resnet50", "vit_tiny_patch16_224"]):
         assert search(*names)[-1].architecture == "tf_efficientnet_lite0"

@@ -206,7 +206,18 @@ def test_where_nothing_was_fitted_the_report_says_why_and_answers_stay():
     results["ensemble"]["temperature"] = 0.8
     results["ensemble"] |= dict(calibrated_loss=1.0, calibrated_error=0.1, tta_loss=1.0,
                                 tta_calibration_error=0.1)
-    assert "--predict answers at this temperature." in " ".join(at.calibration_table(results))
+    table = " ".join(at.calibration_table(results))
+    assert "--predict answers at the vote's temperature." in table
+    assert "One temperature a model and one for the vote (" in table
+    results["ensemble"] = dict(accuracy=None, temperature=None)  # USE_ENSEMBLE is off
+    results["models"][0] |= dict(validation_accuracy=0.4)
+    results["models"][1] |= dict(validation_accuracy=0.6)
+    table = " ".join(at.calibration_table(results))
+    assert "--predict answers with b, at its temperature." in table
+    assert "One temperature a model (" in table
+    del results["models"][0]
+    table = " ".join(at.calibration_table(results))
+    assert "--predict answers at this temperature." in table and "One temperature (" in table
     older = dict(test_accuracy=0.5, validation_accuracy=0.5)  # results from before temperatures
     for model in (older, older | found):
         assert at.final_temperature(dict(ensemble=dict(accuracy=None), models=[model])) == 1.0
