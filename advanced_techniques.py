@@ -5,8 +5,8 @@
     python advanced_techniques.py --predict path/to/images   # use what was trained
     python advanced_techniques.py --help                     # every flag
 
-Measured without network and GPU: the vote of three stand-ins that learned from 2,400 images of
-Fashion-MNIST is right on 90.2 % of 2,000 others. README.md has all figures, and what is missing.
+Measured offline: the vote of three small stand-ins, trained for minutes on 2,400 images of Fashion-
+MNIST, is right on 90.2 % of 2,000 others. README.md has all figures, and what is missing.
 
 A map of this file. To learn, read to the end of part 8; the rest keeps your run alive.
 
@@ -98,12 +98,12 @@ USE_ENSEMBLE = True  # average the predictions of all the models
 BATCH_SIZE = 32  # images in a micro-batch: what has to fit in memory at once
 NUM_EPOCHS = 20  # passes over the training images, a quarter for each unfreezing stage
 BASE_LEARNING_RATE = 4e-3  # peak rate of the head; earlier layer groups get less
-LAYER_RATE_DECAY = 0.7  # a layer group's rate, as a share of that of the one nearer the head
+LAYER_RATE_DECAY = 0.7  # a layer group's rate is this times that of the next one nearer the head
 WEIGHT_DECAY = 0.05  # decoupled weight decay of AdamW
 LABEL_SMOOTHING = 0.1  # share of the target's probability that is spread over all classes
 BALANCE = False  # train so that rare classes count as much as common ones
 HORIZONTAL_FLIP = True  # mirror images in training and TTA; off for text, digits: left is not right
-FEATURE_VIEWS = 2  # views of an image that keep what frozen layers answer; 0: new ones each epoch
+FEATURE_VIEWS = 2  # views of an image whose frozen features are kept; 0: new views each epoch
 COMPILE = False  # torch.compile: faster on a GPU after minutes of compiling; seldom on a CPU
 SEED = 0  # same flags, same seed, same numbers on a CPU
 
@@ -147,9 +147,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train_and_test(run: Run, data: Data, keep: bool = True) -> Tested:
-    """Train and test one model, or take it from its checkpoint; keep: it will be used again."""
+    """Train and test one model, or take it from its checkpoint; keep: its weights will be used."""
     say(f"\n{run.name}: {run.weights.origin}. {run.precision_why}")
-    finished = resume(run, data)  # a whole model; or none, and the run is put where it was
+    finished = resume(run, data)  # a whole model; or None, and the run is put where it was
     if finished:
         return finished
     train_model(run, data)
@@ -165,7 +165,7 @@ def train_and_test(run: Run, data: Data, keep: bool = True) -> Tested:
 
 @dataclass
 class Run:
-    """One model on its way: the network and everything that its training takes."""
+    """One model in training, with everything that it takes. The whole program's work is a Job."""
 
     name: str
     weights: Weights
@@ -205,8 +205,8 @@ def new_run(name: str, weights: Weights, seed: int, job: Job) -> Run:
     torch.manual_seed(seed)
     network = new_network(weights.architecture, len(job.data.classes), flags, weights.overlay)
     for parameter in network.get_classifier().parameters():
-        nn.init.normal_(parameter, std=0.01)  # timm's own start is too wild for some heads
-    network = network.to(device, memory_format=torch.channels_last)
+        nn.init.normal_(parameter, std=0.01)  # timm's is too wild for EfficientNet, few classes
+    network = network.to(device, memory_format=torch.channels_last)  # the faster order in memory
     if flags.COMPILE:
         compile_network(network)
     groups = layer_groups(network)
@@ -224,7 +224,7 @@ def layer_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The network's parameters in layer groups: the head, then from the last to the stem.
 
     The head is the classifier alone. A group of the backbone is all that works at one resolution,
-    as layer4, layer3 and so on of a ResNet do, for later layers see larger and rarer things.
+    as layer4, layer3 and so on of a ResNet do; in a vision transformer, a quarter of its depth.
     """
     head = list(network.get_classifier().parameters())
     parameters = dict(network.named_parameters())
@@ -237,7 +237,7 @@ def layer_groups(network: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 # ==== 4. Gradual unfreezing (technique 4) =========================================================
 
-STAGES = 4  # with 1, 2, 3, then 4 groups learning; those nearer the input stay frozen
+STAGES = 4  # with 1, 2, 3, then 4 groups learning; the rest never does: edges serve any images
 
 
 def stage_of(epoch: int, run: Run) -> int:
@@ -291,13 +291,13 @@ def learning_rate(update: int, layer: int, updates_per_epoch: int, run: Run) -> 
     """
     flags = run.flags
 
-    # 1. The peak: earlier groups, whose knowledge is more general, learn more slowly, down to the
-    #    fifth (Howard and Ruder, 2018). Random weights know nothing yet and all learn at one rate.
+    # 1. The peak: earlier groups, whose knowledge is more general, learn more slowly (Howard and
+    #    Ruder, 2018), from the fifth on alike. Random weights know nothing: all learn at one rate.
     decay = flags.LAYER_RATE_DECAY if run.weights.trained else 1.0
     peak = flags.BASE_LEARNING_RATE * decay ** min(layer, STAGES)
 
-    # 2. A stage, or the run where there is none, is a cycle (Loshchilov and Hutter, 2017): a group
-    #    that begins to learn needs a high rate, and the restart gives it. Warm: the weights stay.
+    # 2. A stage, or else the whole training, is a cycle (Loshchilov and Hutter, 2017): a group that
+    #    begins to learn needs a high rate, and the restart gives it. Warm: the weights stay.
     epochs = stage_epochs(update // updates_per_epoch, run)
     position = update - epochs[0] * updates_per_epoch
     length = len(epochs) * updates_per_epoch
@@ -334,7 +334,7 @@ def make_optimizer(groups: dict[str, list[nn.Parameter]],
         settings.append(dict(params=matrices, layer=layer, weight_decay=flags.WEIGHT_DECAY))
         # Biases and norms are not decayed: a norm's scale near 0 would switch its channel off.
         settings.append(dict(params=vectors, layer=layer, weight_decay=0.0))
-    # Fused: the step, its skipping included, doesn't wait for the CPU to look at a number.
+    # Fused: whether a step is skipped is decided on the device; the CPU need not wait to know.
     return torch.optim.AdamW(settings, lr=flags.BASE_LEARNING_RATE, fused=True)
 
 
@@ -342,10 +342,10 @@ def make_optimizer(groups: dict[str, list[nn.Parameter]],
 
 
 def autocast(run: Run) -> contextlib.AbstractContextManager:
-    """Matrix products in 16 bits, what needs exactness (softmax, sums) in 32; so are the weights.
+    """Matrix products in 16 bits; what needs exactness, such as losses and large sums, in 32.
 
-    Half the memory for activations, and several times the speed where a device has units for it
-    (Micikevicius et al., 2018; PyTorch: torch.amp).
+    The weights stay in 32 bits and are cast for each product. Half the memory for activations, and
+    several times the speed where a device has units for it (Micikevicius et al., 2018; torch.amp).
     """
     if run.precision is None:
         return contextlib.nullcontext()
@@ -355,7 +355,7 @@ def autocast(run: Run) -> contextlib.AbstractContextManager:
 def make_scaler(device: torch.device, precision: torch.dtype | None) -> torch.amp.GradScaler:
     """Loss scaling for FP16: small gradients would become 0 in it, so the loss is made larger.
 
-    Others need no scale: it is 1 and never grows, and only skips updates that aren't finite.
+    BF16 and FP32 need no scale: it stays 1, and the scaler only skips updates that aren't finite.
     """
     if precision == torch.float16:
         return torch.amp.GradScaler(device.type)
@@ -366,17 +366,17 @@ def apply_update(run: Run, network: nn.Module, batches: Iterable[MicroBatch],
                  images: float, rates: list[float]) -> Tensor:
     """One optimiser step from several micro-batches.
 
-    images: how many the update holds, divided by the processes, which average gradients. Returns
+    images: how many the update holds, over the processes, which average gradients. Returns
     float32 [3] on the device: the sum of losses, how many answers are right, 1 if it was skipped.
     """
-    for group in run.optimizer.param_groups:
+    for group in run.optimizer.param_groups:  # two for each layer group: see make_optimizer
         group["lr"] = rates[group["layer"]]
 
     # 1. Accumulate: as many images as make a good update seldom fit into memory at once.
     loss_sum = torch.zeros((), device=run.device)
     correct = torch.zeros((), device=run.device)
     for inputs, labels, last in batches:
-        network.require_backward_grad_sync = last  # several processes exchange gradients only once
+        network.require_backward_grad_sync = last  # only then do processes exchange gradients
         with autocast(run):
             logits = network(inputs)
         # The loss is taken in FP32: FP16's three digits are too few for a sum over classes.
@@ -384,23 +384,22 @@ def apply_update(run: Run, network: nn.Module, batches: Iterable[MicroBatch],
                                label_smoothing=run.flags.LABEL_SMOOTHING)
         # backward() adds to the gradients that are there. Dividing by the images of the whole
         # update, and not by the number of micro-batches, makes their sum the mean over all these
-        # images, though the last micro-batch may be a shorter one. (BatchNorm still sees the cuts.)
+        # images, also of unequal micro-batches. (BatchNorm still normalises each by itself.)
         run.scaler.scale(loss / images).backward()
         loss_sum += loss.detach()
         correct += (logits.argmax(1) == labels).sum()
 
-    with stop_without_memory():
+    with stop_without_memory():  # half a step can't be done again
         # 2. Unscale before clipping, or the limit would mean another norm at every loss scale.
-        #    The recipe that is often copied, torchvision's reference loop until its pull request
-        #    4874, clipped after the step, where it does nothing, and stepped a second time.
+        #    And clip before the step: after it, the gradients have been used already.
         run.scaler.unscale_(run.optimizer)
         # 3. Clip: one odd update must not rule AdamW's averages for many steps to come.
         norm = nn.utils.clip_grad_norm_(run.parameters, max_norm=1.0)
         # 4. Step, unless a gradient is infinite or NaN: then the scaler leaves the weights alone.
         run.scaler.step(run.optimizer)
-        # 5. Only now may the scale change: halved after a skipped step, grown after many good ones.
+        # 5. Only now may the scale change: micro-batches add up at a common one.
         run.scaler.update()
-    # 6. The next update starts from no gradients. Forgotten, old ones would be added to new ones.
+    # 6. The next update starts from no gradients, or backward() would add to these.
     run.optimizer.zero_grad(set_to_none=True)
     return torch.stack([loss_sum, correct, (~norm.isfinite()).float()])
 
@@ -416,26 +415,27 @@ def train_epoch(run: Run, data: Data, epoch: int) -> dict[str, Any]:
     started = time.perf_counter()
     waited = data.waited
 
-    # 1. What changes follows from the epoch's number, so that a run can be resumed: dropout's
-    #    draws, what learns, and the plan: which images make up each update, and how each is shown.
+    # 1. All in which epochs differ follows from the epoch's number, so that a run can be resumed:
+    #    dropout's draws, what learns, which images make up each update, and how each is shown.
     torch.manual_seed(run.seed * 100_003 + epoch)
     unfreeze(run, groups_learning(epoch, run))
-    plan = plan_epoch(run, data, epoch)  # frozen layers' answers may be kept in it, see part 9;
-    network = across_processes(learning_part(run))  # then only what lies behind them is run
+    # Frozen layers' features may be kept in the plan (part 9): then only the rest is run.
+    plan = plan_epoch(run, data, epoch)
+    network = across_processes(learning_part(run))
 
-    # 2. One update after the other: a function, to be done again if memory runs out on the way.
+    def one_update(part: Part, rates: list[float]) -> Tensor:
+        return apply_update(run, network, micro_batches(run, data, part),
+                            part.images / PROCESSES, rates)
+
+    # 2. One update after the other, each again in smaller parts if memory runs out on the way.
     totals = []
     for step, part in enumerate(progress(plan, f"epoch {epoch + 1}")):
         update = epoch * len(plan) + step
         rates = [learning_rate(update, layer, len(plan), run) for layer in range(len(run.groups))]
+        totals.append(within_memory(functools.partial(one_update, part, rates), run))
 
-        def one_update(part: Part = part, rates: list[float] = rates) -> Tensor:
-            batches = micro_batches(run, data, part)
-            return apply_update(run, network, batches, part.images / PROCESSES, rates)
-
-        totals.append(within_memory(one_update, run))  # repeated in smaller parts if need be
-
-    # 3. The one wait for the device; then the sums of what was counted.
+    # 3. The one wait for the device; then the sums of what was counted. The loss is no measure to
+    #    hold against validation's: its labels are smoothed, and its images augmented.
     totals = sum_over_processes(torch.stack(totals)).cpu()
     share_batch_statistics(run.network)
     loss, correct = totals[:, :2].nan_to_num(0, 0, 0).sum(0).tolist()
@@ -453,8 +453,8 @@ def train_epoch(run: Run, data: Data, epoch: int) -> dict[str, Any]:
 def train_model(run: Run, data: Data) -> None:
     """All epochs that are left, each ending with validation, a checkpoint and a printed line.
 
-    The validation images are never trained on and never augmented: what they say is what other
-    images would say, and every choice is made by them. The test images are left for the end.
+    The validation images are never trained on and never augmented, so they tell how other images
+    will fare. Choices are made by them, which flatters them: the test images are left for the end.
     """
     count_memory_from_here(run)
     for epoch in range(len(run.epochs), run.flags.NUM_EPOCHS):
@@ -545,10 +545,10 @@ def updates_an_epoch(data: Data, flags: SimpleNamespace) -> int:
 
 
 def even_parts(images: int, most: int, shares: int = 1) -> int:
-    """Into how many parts to deal images evenly, of which `most` may be together.
+    """How many nearly equal parts to deal images into, of `most` images at most.
 
-    No share of a part is left with a single image, of which BatchNorm could tell no variance: an
-    odd number in twos has three images in one part. Unless a share may hold only one at most.
+    A part has one more where a share of it would be a single image, whose last feature maps may be
+    a single pixel: BatchNorm could tell no variance. So five in twos are three and two.
     """
     count = math.ceil(images / most)
     if most > shares:
@@ -561,19 +561,19 @@ def plan_epoch(run: Run, data: Data, epoch: int) -> list[Part]:
 
     Frozen layers answer the same view of an image with the same features, so their forward pass
     need not be repeated: the features of some views are kept and take turns, as long as the same
-    layer groups learn. With a single view the layers behind would learn it by heart. A view comes
-    back in the same updates, so that its features lie in their order.
+    layer groups learn. An epoch that repeats a view repeats its order of images too, so that the
+    features are cut up as they lie.
     """
     kept = keep_features(run, data, epoch)
     if kept.tail is None:
         return deal_out(run, data, epoch)
     start = stage_epochs(epoch, run)[0]
-    view = start + (epoch - start) % views_to_keep(epoch, run)
-    plan = deal_out(run, data, view)
-    if view not in kept.features:
-        kept.features[view] = frozen_features(run, data, plan)
+    shown_as = start + (epoch - start) % views_to_keep(epoch, run)  # in this epoch, or a former one
+    plan = deal_out(run, data, shown_as)
+    if shown_as not in kept.features:
+        kept.features[shown_as] = frozen_features(run, data, plan)
     sizes = [len(part.chosen) for part in plan]
-    for part, features in zip(plan, kept.features[view].split(sizes), strict=True):
+    for part, features in zip(plan, kept.features[shown_as].split(sizes), strict=True):
         part.features = features
     return plan
 
@@ -602,15 +602,14 @@ def micro_batches(run: Run, data: Data, part: Part) -> Iterator[MicroBatch]:
     count = even_parts(len(part.chosen), run.micro_batch)
     if part.features is not None and part.features.ndim == 2:
         count = 1  # pooled features [n, channels] take hardly any memory
-    places = torch.arange(len(part.chosen)).tensor_split(count)
-    for place, some in enumerate(places, 1):
-        chosen = part.chosen[some[0] : some[-1] + 1]
+    shown = part.views if part.features is None else part.features
+    cuts = zip(part.chosen.tensor_split(count), shown.tensor_split(count), strict=True)
+    for place, (chosen, rows) in enumerate(cuts, 1):
         if part.features is None:
             images, labels = data.fetch(chosen, run.device)
-            views = part.views[some[0] : some[-1] + 1].to(run.device, non_blocking=True)
-            inputs = augment(images, views, run)
+            inputs = augment(images, rows.to(run.device, non_blocking=True), run)
         else:
-            inputs = part.features[some[0] : some[-1] + 1]
+            inputs = rows
             labels = data.labels[chosen].to(inputs.device)
         yield inputs, labels, place == count
 
@@ -622,7 +621,7 @@ class Kept:
     learning: int  # how many layer groups, counted from the head
     border: nn.Module | None = None  # the first module that learns; None: nothing can be kept
     tail: nn.Module | None = None  # the network from there on
-    features: dict[int | str, Tensor] = field(default_factory=dict)  # by view, or "validation"
+    features: dict[int | str, Tensor] = field(default_factory=dict)  # by epoch, or "validation"
 
 
 def keep_features(run: Run, data: Data, epoch: int) -> Kept:
@@ -647,7 +646,8 @@ def features_serve(epoch: int, run: Run) -> bool:
 def views_to_keep(epoch: int, run: Run) -> int:
     """How many views of each image take turns in an epoch's stage: FEATURE_VIEWS for the head.
 
-    Layers behind it can learn images by heart, so each view serves them twice at most.
+    Where layers of the backbone learn too, they could learn so few by heart: there, each view
+    serves two epochs at most.
     """
     if groups_learning(epoch, run) == 1:
         return run.flags.FEATURE_VIEWS
@@ -660,7 +660,8 @@ def cut_network(run: Run, data: Data,
     """The first module that learns, and the network from there on, which takes its input.
 
     None where a network can't be cut there, or MEMORY_GB doesn't hold the features. The rest has
-    to answer two images as the whole does, twice, for it might change what is kept.
+    to answer two images as the whole does, twice: a layer that works in place, as many a ReLU,
+    would overwrite what is kept.
     """
     run.network.eval()
     images, _ = data.fetch(data.split["train"][:2], run.device)
@@ -701,9 +702,9 @@ def fits(features: Tensor, views: int, run: Run, data: Data) -> bool:
 
 def find_border(network: nn.Module,
                 inputs: Tensor) -> tuple[Tensor, nn.Module, set[nn.Module]]:
-    """The network's answers [n, classes], the first module on their way that learns as a whole.
+    """The network's logits [n, classes], the first module that learns as a whole, and all before.
 
-    And the modules that are done with before.
+    The latter are those that are done with when it begins.
     """
     started: list[nn.Module] = []
     done: set[nn.Module] = set()
@@ -759,7 +760,8 @@ def frozen_features(run: Run, data: Data, plan: list[Part]) -> Tensor:
     """What the frozen layers answer to all images of a plan, [n, ...] in its order."""
     run.network.eval()
     chosen = torch.cat([part.chosen for part in plan])
-    whole = Part(len(chosen), chosen, torch.cat([part.views for part in plan]))
+    views = torch.cat([part.views for part in plan])
+    whole = Part(len(chosen), chosen, views)  # the epoch as if it were one update
 
     def work() -> Tensor:
         parts = []
@@ -839,11 +841,12 @@ def pixel_centres(size: int, device: torch.device) -> Tensor:
 def choose_views(random: Tensor, flip: bool) -> Tensor:
     """How augment() is to show each image: [n, RANDOM_NUMBERS] -> [n, the sum of VIEW_NUMBERS].
 
-    Random resized crop (Szegedy et al., 2015), flip, rotation by up to 10 degrees, brightness and
-    contrast varied by 30 % and saturation by 50 %, random erasing (Zhong et al., 2017) in a
-    quarter of the images. Every random choice is in `random`: an image's view doesn't depend on
-    the batch it is in, and no generator has to be saved to repeat it. Called once for a whole
-    epoch: done for each batch, these many small operations take a fifth of the augmentation.
+    Random crop of 40 % of the area or more (Szegedy et al., 2015), flip, rotation by up to 10
+    degrees, brightness and contrast varied by 30 % and saturation by 50 %, random erasing (Zhong
+    et al., 2017) in a quarter of the images. Every random choice is in `random`: an image's view
+    doesn't depend on the batch it is in, and no generator has to be saved to repeat it. Called once
+    for a whole epoch: done for each batch, these many small operations take a fifth of the
+    augmentation.
     """
     uniform = SimpleNamespace(**dict(zip(RANDOM_NUMBERS, random.unbind(1), strict=True)))
     signed = SimpleNamespace(**dict(zip(RANDOM_NUMBERS, (random * 2 - 1).unbind(1), strict=True)))
@@ -851,7 +854,8 @@ def choose_views(random: Tensor, flip: bool) -> Tensor:
     brightness = 1 + signed.brightness * 0.3
     contrast = 1 + signed.contrast * 0.3
     saturation = 1 + signed.saturation * 0.5
-    # All three are linear in the pixel, so one matrix does them. Contrast is to the mean grey.
+    # All three are affine in the pixel: one matrix, and an offset, for contrast scales the
+    # distance from the image's mean grey.
     grey = torch.tensor(LUMA).expand(3, 3)
     colour = torch.eye(3).lerp(grey, (1 - saturation)[:, None, None])
     colour = colour * (brightness * contrast)[:, None, None]
@@ -885,7 +889,7 @@ def choose_window(uniform: SimpleNamespace, signed: SimpleNamespace, flip: bool)
 
 
 def augment(images: Tensor, views: Tensor, run: Run) -> Tensor:
-    """A batch as choose_views() has it: uint8 [n, 3, H, W] -> float [n, 3, size, size]."""
+    """A batch as choose_views() drew it: uint8 [n, 3, H, W] -> float [n, 3, size, size]."""
     columns = zip(VIEW_NUMBERS, views.split(list(VIEW_NUMBERS.values()), dim=1), strict=True)
     view = SimpleNamespace(**dict(columns))
     images = images.float()
@@ -893,7 +897,7 @@ def augment(images: Tensor, views: Tensor, run: Run) -> Tensor:
     offset = (view.grey_share * mean_grey)[:, :, None]
     window = view.window.unflatten(1, (2, 3))
     images = sample(images, window, view.colour.unflatten(1, (3, 3)), offset, run)
-    # A pixel is erased where it lies near enough to the centre in both directions.
+    # A pixel is erased, made 0, the mean, where it lies near the centre in both directions.
     line = pixel_centres(run.flags.IMAGE_SIZE, images.device)
     near = (line - view.erased_centre[:, :, None]).abs() < view.erased_half[:, :, None]
     across, down = near.float().unbind(1)
@@ -902,7 +906,7 @@ def augment(images: Tensor, views: Tensor, run: Run) -> Tensor:
 
 
 def show(images: Tensor, run: Run, zoom: float = 1.0, mirror: bool = False) -> Tensor:
-    """One deterministic view: the middle at the stored scale, normalised, like augment() else."""
+    """One deterministic view: the middle at the stored scale. Else it is as from augment()."""
     images = images.float()
     share = shown_share(run.flags, images.shape[-1]) / zoom
     width = -share if mirror else share
