@@ -30,6 +30,7 @@ import csv
 import ctypes
 import dataclasses
 import difflib
+import errno
 import functools
 import gzip
 import hashlib
@@ -491,10 +492,7 @@ def predict(run: Run, data: Data, role: str, views: list[dict[str, Any]]) -> Ten
 @torch.no_grad()
 def answer_views(run: Run, data: Data, role: str, views: list[dict[str, Any]],
                  network: Callable[[Tensor], Tensor]) -> Tensor:
-    """What the network, or a part of it, answers to each view of each image of a role.
-
-    Returns float32 [views, n, ...] on the device, in the order of data.split[role].
-    """
+    """What the network, or a part of it, answers to a role's images: float32 [views, n, ...]."""
     run.network.eval()
 
     def answer(batch: Tensor) -> Tensor:
@@ -1196,6 +1194,7 @@ def checkpoint(run: Run, data: Data) -> dict[str, Any]:
     return dict(run=run_signature(run, data), architecture=run.weights.architecture,
                 classes=data.classes, image_size=run.flags.IMAGE_SIZE,
                 stored_size=data.images.shape[-1], scale=data.scale,
+                mean=run.mean.tolist(), std=run.std.tolist(),
                 state_dict=run.network.state_dict(),
                 epochs=run.epochs, micro_batch=run.micro_batch if halved else None)
 
@@ -1966,6 +1965,10 @@ def check_places(flags: SimpleNamespace) -> None:
     if flags.PRETRAINED not in ("auto", "none") and not os.path.exists(flags.PRETRAINED):
         stop(f"PRETRAINED = {flags.PRETRAINED}: neither auto, none nor an existing file or folder."
              + suggestion(flags.PRETRAINED, ("auto", "none")))
+    handed_over = os.path.realpath(os.path.join(flags.OUTPUT_DIR, "models"))
+    if flags.EXPORT and Path(os.path.realpath(flags.PRETRAINED)).is_relative_to(handed_over):
+        stop(f"PRETRAINED = {flags.PRETRAINED}: it lies where this run writes its own models. "
+             "Choose another folder for these with --output-dir, or copy the weights elsewhere.")
     if flags.DATASET in DATASETS:
         return
     if not os.path.isdir(flags.DATASET):
@@ -2106,6 +2109,9 @@ def load_data(flags: SimpleNamespace, device: torch.device) -> tuple[Data, list[
     copies = None
     if source.files:
         copies = find_copies(images, parts, flags)
+        copies, scenes = without_scenes(copies, labels, np.concatenate(list(parts.values())))
+        if scenes:
+            source.notices.append(scene_notice(scenes))
         parts = keep_together(parts, copies, labels, split_by_us(source))
         files = [source.files[index] for index in everything]
         source.notices += copy_notices(parts, copies, labels, files)
@@ -2306,15 +2312,19 @@ def copy_from(url: str, file: Path) -> None:
         shutil.copyfileobj(answer, stream)
 
 
+FOLDER_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOTDIR,
+                  errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.EFBIG)  # 1 would be TLS's, too
+
+
 def archive_trouble(host: str, file: Path, error: Exception, otherwise: str) -> str:
     """What kept an archive from its place, in a clause."""
     if isinstance(error, urllib.error.HTTPError):
         return f"{host} answered {error.code} {http.client.responses.get(error.code, '')}"
-    network = (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException)
-    if isinstance(error, network) or not getattr(error, "errno", None):
-        cause = error.reason if isinstance(error, urllib.error.URLError) else error
-        return f"{otherwise} ({reason(cause)})"
-    return f"{file.parent}/ can't take {file.name} ({error.strerror})"
+    if isinstance(error, urllib.error.URLError):
+        return f"{otherwise} ({reason(error.reason)})"
+    if getattr(error, "errno", None) in FOLDER_REFUSES:
+        return f"{file.parent}/ can't take {file.name} ({error.strerror})"
+    return f"{otherwise} ({reason(error)})"
 
 
 # ---- Published data sets ----
@@ -2353,6 +2363,9 @@ def fashion_mnist(folder: Path, download: bool, packed: Path = DEBIAN_FASHION_MN
     RuntimeError if it is in neither place and not to be downloaded.
     """
     raw = folder / "FashionMNIST" / "raw"  # where torchvision looks for it
+    for name, count in FASHION_MNIST_FILES.items():
+        if (raw / name).is_file() and count_items(raw / name) != count:
+            (raw / name).unlink()  # copied in part, say: torchvision would take it for whole
     if len(list(raw.glob("*-ubyte"))) < len(FASHION_MNIST_FILES):
         unpack_fashion_mnist(raw, packed)
     train = torchvision.datasets.FashionMNIST(folder, train=True, download=download)
@@ -2992,8 +3005,7 @@ def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
     scale |= found
     from_each_machine(bool)  # once all are here, all have mapped the file
     if first:
-        with contextlib.suppress(OSError):  # Windows keeps it, for the next run to write anew
-            decoded_file(flags).unlink()  # what is mapped stays to the end of the run
+        forget_file(decoded_file(flags))
     return images, unreadable
 
 
@@ -3001,7 +3013,7 @@ def room_for(count: int, side: int, flags: SimpleNamespace, fresh: bool) -> Tens
     """Space for uint8 [count, 3, side, side]: in memory, or in a memory-mapped file if too large.
 
     Several processes share the file: the first on a machine makes it fresh, the others map what
-    it decoded. decode_all() removes its name.
+    it decoded, and then decode_all() forgets it.
     """
     size = count * 3 * side * side
     if size <= flags.MEMORY_GB * 1e9 and PROCESSES == 1:
@@ -3010,7 +3022,15 @@ def room_for(count: int, side: int, flags: SimpleNamespace, fresh: bool) -> Tens
     if fresh:
         make_file(file, size)
     pixels = torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8)
+    if PROCESSES == 1:
+        forget_file(file)
     return pixels.view(count, 3, side, side)
+
+
+def forget_file(file: Path) -> None:
+    """Take a mapped file's name away: its room is free again when the run ends, in whatever way."""
+    with contextlib.suppress(OSError):  # Windows keeps it, for the next run to write anew
+        file.unlink()
 
 
 def decoded_file(flags: SimpleNamespace) -> Path:
@@ -3210,11 +3230,11 @@ def deep_pixels(image: Image.Image) -> str:
 
 # How Pillow reads colours of 16 bits, of which it keeps the upper byte, and how it has to read them
 # to keep the lower one: with the bytes the other way round. N is the machine's own order.
-LOWER_BYTES = {"RGB;16B": "RGB;16L", "RGB;16L": "RGB;16B", "RGBA;16B": "RGBA;16L",
-               "RGBA;16L": "RGBA;16B"}
-LOWER_BYTES["RGB;16N"] = LOWER_BYTES[f"RGB;16{sys.byteorder[0].upper()}"]
-LOWER_BYTES["RGBA;16N"] = LOWER_BYTES[f"RGBA;16{sys.byteorder[0].upper()}"]
-LOWER_BYTES["LA;16B"] = "RGBA"  # grey and alpha: all four bytes at once
+# RGBX has a fourth band that isn't seen, such as near-infrared.
+LOWER_BYTES = {"LA;16B": "RGBA"}  # grey and alpha: all four bytes at once
+for bands in ("RGB", "RGBA", "RGBX"):
+    LOWER_BYTES |= {f"{bands};16B": f"{bands};16L", f"{bands};16L": f"{bands};16B"}
+    LOWER_BYTES[f"{bands};16N"] = LOWER_BYTES[f"{bands};16{sys.byteorder[0].upper()}"]
 
 
 def raw_mode(image: Image.Image) -> str:
@@ -3478,6 +3498,11 @@ def check_split(source: Source, positions: np.ndarray, parts: dict[str, np.ndarr
              "move it out of the data set.")
     if missing:
         none_for = f" (none to train on for {', '.join(missing[:9])})"
+    if missing and source.unreadable:
+        stop(f"DATASET {source.name}: no image to train on of {some_names(missing)} is left, for "
+             f"{len(source.unreadable)} of {len(positions):,} files can't be read. Mend or remove "
+             "these, or raise TRAIN_IMAGES, so that more of each class are chosen:\n  "
+             + "\n  ".join(list(source.unreadable.values())[:9]))
     for role, part in parts.items():
         if missing or len(part) < max(2, PROCESSES):
             stop(f"DATASET {source.name}: too few images for a {role} part with every class: "
@@ -3512,17 +3537,35 @@ def find_copies(images: Tensor, parts: dict[str, np.ndarray], flags: SimpleNames
         identical[place] = first.setdefault(digest, place)
     near = identical.copy()
     different = np.array(list(first.values()))
-    for one, others in near_copies(images, different, flags.HORIZONTAL_FLIP):
+    for one, others in near_copies(images, different, near, flags.HORIZONTAL_FLIP):
         near[np.isin(near, near[others])] = near[one]
     return Copies(identical, near)
 
 
-def near_copies(images: Tensor, chosen: np.ndarray,
+def without_scenes(copies: Copies, labels: Tensor, chosen: np.ndarray) -> tuple[Copies, int]:
+    """The copies without large groups that only look alike; and how many images these have.
+
+    Pictures of one scene, as a fixed camera takes them, differ in less than sketches show. A group
+    of more than a tenth of a class, and of ten, is taken for such; what is identical in it stays.
+    """
+    near = copies.near.copy()
+    sizes = torch.bincount(labels[chosen])
+    scenes = 0
+    for members in groups_of(copies.near, chosen):
+        different = len(np.unique(copies.identical[members]))
+        if different > max(10, int(sizes[labels[members]].max()) / 10):
+            near[members] = copies.identical[members]
+            scenes += len(members)
+    return Copies(copies.identical, near), scenes
+
+
+def near_copies(images: Tensor, chosen: np.ndarray, near: np.ndarray,
                 mirror: bool) -> Iterator[tuple[int, np.ndarray]]:
     """An index of a chosen image, and those behind it that show the same, for each that has any.
 
-    Compared are sketches of 16 x 16 pixels, and of these the detail that stands out from the
-    pixels around it: pictures of one kind share their layout, but only copies share the detail.
+    Left out are those that have its number in `near` already. Compared are sketches of 16 x 16
+    pixels, and of these the detail that stands out from the pixels around it: pictures of one kind
+    share their layout, but only copies share the detail.
     """
     if images.shape[-1] < SKETCH or len(chosen) < 2:
         return
@@ -3542,6 +3585,8 @@ def near_copies(images: Tensor, chosen: np.ndarray,
             alike = (detail[start : start + rows] @ others[start:].T > NEAR_DETAIL).triu(1)
             for row in alike.any(1).nonzero()[:, 0].tolist():
                 found = start + alike[row].nonzero()[:, 0]
+                known = near[chosen[found.numpy()]] == near[chosen[start + row]]
+                found = found[torch.from_numpy(~known)]
                 found = found[same_whole(whole[start + row], other_whole[found])]
                 if len(found):
                     yield int(chosen[start + row]), chosen[found.numpy()]
@@ -3577,8 +3622,7 @@ def keep_together(parts: dict[str, np.ndarray], copies: Copies, labels: Tensor,
                   ours: list[str]) -> dict[str, np.ndarray]:
     """The parts with images that show the same in one of them, as far as they are split by us.
 
-    Each part keeps about its size, class by class: the groups of copies that lie in several parts
-    are dealt out anew, the largest first, each to the part that has most places of its class left.
+    As they were where a part or a class would be left without images.
     """
     owner = np.full(len(labels), -1)
     for place, role in enumerate(ours):
@@ -3589,21 +3633,37 @@ def keep_together(parts: dict[str, np.ndarray], copies: Copies, labels: Tensor,
             spread.append(members)
     if not spread:
         return parts
-    room: dict[int, np.ndarray] = {}  # places left of each class, in each part
-    for members in spread:
-        for image in members:
-            room.setdefault(int(labels[image]), np.zeros(len(ours)))[owner[image]] += 1
-    for members in sorted(spread, key=len, reverse=True):
-        place = int(room[int(labels[members[0]])].argmax())
-        owner[members] = place
-        for image in members:
-            room[int(labels[image])][place] -= 1
+    deal_groups(spread, owner, labels.numpy())
     moved = dict(parts)
     for place, role in enumerate(ours):
         moved[role] = np.flatnonzero(owner == place)
     learned = labels[moved["train"]].unique()
     whole = len(learned) == len(labels[parts["train"]].unique())
     return moved if whole and min(len(part) for part in moved.values()) > 1 else parts
+
+
+def deal_groups(groups: list[np.ndarray], owner: np.ndarray, labels: np.ndarray) -> None:
+    """Deal groups of copies out anew, the largest first; owner: each image's part, 0 to learn from.
+
+    Each part keeps about its size, class by class: a group goes to the part that has most places
+    of its class left. But it is learned from where a class would have nothing else to learn from.
+    """
+    classes = labels.max() + 1
+    learned = np.bincount(labels[owner == 0], minlength=classes)
+    room = np.zeros((classes, owner.max() + 1))  # places left of each class, in each part
+    for members in groups:
+        np.add.at(room, (labels[members], owner[members]), 1)
+    for members in sorted(groups, key=len, reverse=True):
+        place = room[labels[members[0]]].argmax()
+        given = np.bincount(labels[members], minlength=classes)
+        taken = np.bincount(labels[members[owner[members] == 0]], minlength=classes)
+        if ((taken == learned) & (taken > 0)).any():
+            place = 0
+        learned -= taken
+        if place == 0:
+            learned += given
+        owner[members] = place
+        room[:, place] -= given
 
 
 def groups_of(numbers: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
@@ -3622,6 +3682,13 @@ def copied_images(parts: dict[str, np.ndarray], copies: Copies) -> dict[str, np.
     copied = {"validation": np.isin(copies.near[parts["validation"]], seen)}
     seen = np.concatenate([seen, copies.near[parts["validation"]]])
     return copied | {"test": np.isin(copies.near[parts["test"]], seen)}
+
+
+def scene_notice(images: int) -> str:
+    """What is said of pictures that are too many to be copies."""
+    return (f"COPIES: {images:,} images look much alike, as pictures of one scene do, so only "
+            "identical ones among them count as copies. If some are the same picture encoded "
+            "anew, keep them together in train/ and test/ yourself.")
 
 
 def copy_notices(parts: dict[str, np.ndarray], copies: Copies, labels: Tensor,
@@ -3715,9 +3782,16 @@ def find_all_weights(flags: SimpleNamespace) -> list[Weights]:
     The first process of each machine looks and downloads. A file counts if every machine has it.
     """
     gone: list[str] = []
+    begun = from_first_process(lambda: begun_architectures(flags))
+
+    def find(name: str) -> Found:
+        if begun.get(name, name) in SHIPPED and begun[name] != name.split(".")[0]:
+            return Found(notice=f"an earlier run began {name} without its own weights, and "
+                                "--resume true goes on so")
+        return find_file(name, flags, gone)
 
     def search() -> list[Found]:
-        return [find_file(name, flags, gone) for name in flags.ARCHITECTURES]
+        return [find(name) for name in flags.ARCHITECTURES]
 
     own, machines = from_each_machine(search)
     weights = []
@@ -3727,10 +3801,27 @@ def find_all_weights(flags: SimpleNamespace) -> list[Weights]:
             if not elsewhere[place].file:
                 found = elsewhere[place]
         source = make_weights(name, flags, found)
+        if begun.get(name, source.architecture) != source.architecture:
+            stop(f"RESUME: the checkpoint of {name} in {flags.OUTPUT_DIR}/ holds {begun[name]}, "
+                 f"and now only {source.origin} can be had ({found.notice}). Let this machine "
+                 "reach what it was begun with, or choose another OUTPUT_DIR.")
         instead = " (a stand-in)" if source.stands_in_for else ""
         say(f"Weights of {name}: {source.origin}{instead}.")
         weights.append(source)
     return weights
+
+
+def begun_architectures(flags: SimpleNamespace) -> dict[str, str]:
+    """With RESUME: what each architecture's checkpoint really holds, where there is one."""
+    begun: dict[str, str] = {}
+    if not flags.RESUME or flags.PRETRAINED != "auto":
+        return begun
+    for asked, name in zip(flags.ARCHITECTURES, model_names(flags.ARCHITECTURES), strict=True):
+        file = Path(flags.OUTPUT_DIR, "checkpoints", f"{name}.pt")
+        with contextlib.suppress(Exception):  # of one that isn't there or is damaged
+            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            begun[asked] = saved["run"]["the model's architecture"]
+    return begun
 
 
 def find_weights(name: str, flags: SimpleNamespace) -> Weights:
@@ -5107,11 +5198,18 @@ def remove_older(job: Job) -> None:
     folder = Path(job.flags.OUTPUT_DIR)
     left = [folder / "ensemble.pt2", folder / "test_predictions.csv", folder / "train_labels.csv"]
     left += [folder / f"{name}.png" for name in PLOTS]
-    for part in TIMM_FILES:
-        left += folder.glob(f"models/*/{part}")
+    for name in handed_over_before(folder):
+        left += [folder / "models" / name / part for part in TIMM_FILES]
     for file in left:
         with contextlib.suppress(OSError):  # one that is open elsewhere costs no report
             file.unlink(missing_ok=True)
+
+
+def handed_over_before(folder: Path) -> list[str]:
+    """The models that the last run here wrote to models/; what else lies there is the user's."""
+    with contextlib.suppress(Exception):  # no results.json, an older one, a damaged one
+        return list(json.loads((folder / "results.json").read_text("utf-8"))["export"]["in_models"])
+    return []
 
 
 def plot_texts(data: Data) -> list[str]:
@@ -5389,11 +5487,16 @@ def write_text(file: Path, text: str) -> None:
 
 def write_table(file: Path, header: list[str], rows: list[list[str]]) -> None:
     """Write rows of texts as CSV, as a whole or not at all."""
+    write_text(file, as_csv(header, rows))
+
+
+def as_csv(header: list[str], rows: list[list[str]]) -> str:
+    """Rows of texts as CSV."""
     table = io.StringIO(newline="")
     writer = csv.writer(table)
     writer.writerow(header)
     writer.writerows(rows)
-    write_text(file, table.getvalue())
+    return table.getvalue()
 
 
 REPORT_WIDTH = 118  # columns of what is wrapped
@@ -6532,7 +6635,7 @@ def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int
                   flags: SimpleNamespace) -> None:
     """Write predictions.csv: for each path its likeliest classes and their probabilities.
 
-    To the current folder where OUTPUT_DIR may only be read, as of models that others share.
+    To the current folder where OUTPUT_DIR can't be written, as of models that others share.
     """
     header = ["path"]
     for place in range(1, len(rows[0][1]) + 1):
@@ -6543,13 +6646,28 @@ def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int
         for name, share in answer:
             line += [name, f"{share:.4f}"]
         lines.append(line)
-    folder = Path(flags.OUTPUT_DIR)
-    if not os.access(folder, os.W_OK):
-        say(f"{folder}/ may not be written to, so the answers go to the current folder.")
-        folder = Path()
-    file = folder / "predictions.csv"
-    write_table(file, header, lines)
-    say(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
+    table = as_csv(header, lines)
+    for folder in (Path(flags.OUTPUT_DIR), Path()):
+        file = folder / "predictions.csv"
+        why = why_not_written(file, table)
+        if not why:
+            say(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
+            return
+        say(f"{file} can't be written ({why}).")
+    stop("PREDICT: so the answers are nowhere but above. Make room, or start it in another folder.")
+
+
+def why_not_written(file: Path, text: str) -> str:
+    """Write a text as a whole; "", or why it can't be, and then what was there before still is."""
+    partial = file.with_name(f"{file.name}.tmp")
+    try:
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))
+        partial.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        return error.strerror
+    return ""
 
 
 def stored_models(job: Job) -> tuple[list[Run], list[str], int, PixelScale, float]:
@@ -6570,7 +6688,8 @@ def stored_models(job: Job) -> tuple[list[Run], list[str], int, PixelScale, floa
         if finished:
             classes = results["dataset"]["classes"]
             temperature = final_temperature(results)
-        here = {name: getattr(job.flags, name) for name in ("DATA_DIR", "OUTPUT_DIR", "MEMORY_GB")}
+        names = ("DATA_DIR", "OUTPUT_DIR", "MEMORY_GB", "PREDICT")
+        here = {name: getattr(job.flags, name) for name in names}
         used = SimpleNamespace(**FLAGS | results["flags"] | here | dict(COMPILE=False))
         for entry in finished:
             file = Path(job.flags.OUTPUT_DIR, "checkpoints", f"{entry['name']}.pt")
@@ -6606,6 +6725,9 @@ def stored_run(name: str, saved: dict[str, Any], flags: SimpleNamespace,
     job = Job(flags, device, Data("", saved["classes"], nothing, nothing, {}))
     run = new_run(name, Weights(saved["architecture"], "", None), 0, job)
     run.network.load_state_dict(saved["state_dict"])
+    for name in ("mean", "std"):  # another version of timm may name others; older files have none
+        if name in saved:
+            setattr(run, name, torch.tensor(saved[name], device=device))
     return run
 
 

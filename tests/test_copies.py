@@ -119,6 +119,36 @@ def test_images_without_common_detail_are_no_near_copies(images):
     assert np.array_equal(copies.near, copies.identical)
 
 
+def test_pictures_of_one_scene_are_no_copies_and_leave_every_part_its_classes(tmp_path):
+    background = photo(0)
+    generator = np.random.default_rng(0)
+    for name in ("empty", "parcel"):
+        (tmp_path / "belt" / name).mkdir(parents=True)
+        for number in range(40):
+            picture = background.copy()
+            across, down = generator.integers(20, 70, 2)
+            colour = tuple(generator.integers(0, 256, 3).tolist())
+            picture.paste(colour, (across, down, across + 4, down + 4))
+            picture.save(tmp_path / "belt" / name / f"{number}.png")
+    picture.save(tmp_path / "belt" / "parcel" / "again.png")
+    data, notices = loaded(tmp_path / "belt")
+    assert any("pictures of one scene" in notice for notice in notices)
+    for part in data.split.values():
+        assert len(data.labels[part].unique()) == 2
+    everyone = torch.cat([data.split[role] for role in ("train", "validation", "test")])
+    pixels = [data.images[place].numpy().tobytes() for place in everyone.tolist()]
+    assert len(set(pixels)) == len(pixels) - 1  # the one that is there twice
+    assert not data.copied.any()
+
+
+def test_a_class_keeps_its_only_picture_to_learn_from_and_others_are_kept_together():
+    labels = np.array([0] * 10 + [1] * 2)
+    owner = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 1])  # 0 to learn from, 1 to test on
+    groups = [np.array([5, 6, 7, 10]), np.array([0, 8])]  # a copy of the tenth is tested on
+    at.deal_groups(groups, owner, labels)
+    assert (owner[groups[0]] == 0).all() and len(set(owner[groups[1]])) == 1
+
+
 def test_mirrored_pictures_are_others_where_left_and_right_matter(tmp_path):
     folder = folder_of(tmp_path / "pets", ("train", "test"))
     mirrored(photo(0), folder / "test" / "cat" / "copy.png")

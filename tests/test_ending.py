@@ -116,12 +116,12 @@ def test_an_ablation_that_ends_early_leaves_what_the_finished_models_hand_over(
         arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(at, "ablate", fail_at(0, at.ablate, RuntimeError("no memory")))
     with pytest.raises(RuntimeError):
-        at.main([*arguments, "--ablation=true"])
+        at.main([*arguments, "--ablation=true", "--export=true"])
     out = tmp_path / "out"
     assert "PARTIAL REPORT: the ablation was under way" in (out / "report.txt").read_text()
     assert (out / "ensemble.pt2").is_file() and (out / "models" / "test_resnet").is_dir()
     assert "Without the ablation: --ablation false --resume true." in capsys.readouterr().out
-    at.main([*arguments, "--ablation=false", "--resume=true"])
+    at.main([*arguments, "--ablation=false", "--resume=true", "--export=true"])
     assert "PARTIAL" not in (out / "report.txt").read_text()
 
 

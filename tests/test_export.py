@@ -263,12 +263,35 @@ def test_originals_that_are_gone_or_too_large_are_left_out(tmp_path, monkeypatch
 
 
 def test_no_network_of_an_earlier_run_is_left_beside_the_ones_of_this(tmp_path):
-    older = tmp_path / "models" / "resnet50"
-    older.mkdir(parents=True)
-    for name in (*at.TIMM_FILES, "notes.txt"):
-        (older / name).write_text("older")
-    at.remove_older(at.Job(quick_flags(ARCHITECTURES=("test_vit",), OUTPUT_DIR=str(tmp_path)), CPU))
+    older, own = tmp_path / "models" / "resnet50", tmp_path / "models" / "bert"
+    for folder in (older, own):
+        folder.mkdir(parents=True)
+        for name in (*at.TIMM_FILES, "notes.txt"):
+            (folder / name).write_text("older")
+    job = at.Job(quick_flags(ARCHITECTURES=("test_vit",), OUTPUT_DIR=str(tmp_path)), CPU)
+    at.remove_older(job)  # no run is known to have written them
+    (tmp_path / "results.json").write_text(json.dumps(dict(export=None)))
+    at.remove_older(job)
+    assert len(list(older.iterdir())) == len(list(own.iterdir())) == 3
+    (tmp_path / "results.json").write_text(json.dumps(dict(export=dict(in_models=["resnet50"]))))
+    at.remove_older(job)
     assert [file.name for file in older.iterdir()] == ["notes.txt"]
+    assert len(list(own.iterdir())) == 3
+
+
+def test_weights_to_begin_with_may_not_lie_where_models_are_handed_over(tmp_path, capsys):
+    weights = tmp_path / "outputs" / "models" / "resnet18"
+    weights.mkdir(parents=True)
+    flags = quick_flags(PRETRAINED=str(weights), OUTPUT_DIR=str(tmp_path / "outputs"),
+                        EXPORT=True)
+    with pytest.raises(SystemExit):
+        at.check_places(flags)
+    message = capsys.readouterr().err
+    assert "PRETRAINED" in message and "--output-dir" in message
+    flags.EXPORT = False
+    at.check_places(flags)
+    flags.EXPORT, flags.OUTPUT_DIR = True, str(tmp_path / "other")
+    at.check_places(flags)
 
 
 def break_export(monkeypatch, tmp_path):

@@ -788,6 +788,7 @@ def test_no_room_for_decoded_images(tmp_path, monkeypatch, capsys):
     assert code == 2 and str(file) in message and "Traceback" not in message
     assert not file.exists()  # a part of it would keep the disk full
     assert at.room_for(10, 64, flags, fresh=True).shape == (10, 3, 64, 64)
+    assert not file.exists()  # a kill in mid-decoding leaves nothing behind
 
 
 def test_a_data_folder_that_can_not_be_made(elsewhere, capsys):
@@ -1097,7 +1098,9 @@ def test_too_many_unreadable_files_stop_even_so(elsewhere, capsys):
             quick_flags(DATASET=str(folder), SKIP_UNREADABLE=True, TRAIN_IMAGES=0, TEST_IMAGES=0),
             CPU,
         )
-    assert stopped.value.code == 2 and "owl" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "no image to train on of owl is left" in message
+    assert "20 of" in message and str(folder / "owl") in message and "TRAIN_IMAGES" in message
 
 
 def test_a_pipe_among_the_images_is_reported_instead_of_waited_for(tmp_path):

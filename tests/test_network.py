@@ -1,13 +1,16 @@
 """What a network may do to the weights and to CIFAR-10, tried against a stand-in hub."""
 
+import errno
 import os
 import resource
+import ssl
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -378,6 +381,29 @@ def test_a_damaged_archive_or_folder_is_recovered_from(host, tmp_path):
     archive.write_bytes(archive.read_bytes()[:2000])
     name, notice = choose(tmp_path, DATASET="cifar10")
     assert name == "CIFAR-10" and "downloaded" in notice and host.count() > asked
+
+
+@pytest.mark.skipif(not at.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's copy")
+def test_a_damaged_folder_of_fashion_mnist_is_unpacked_again(tmp_path):
+    whole = at.fashion_mnist(tmp_path, download=False)
+    damaged = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    again = at.fashion_mnist(tmp_path, download=False)
+    chosen = np.array([0, 59_999, 69_999])
+    assert torch.equal(again.read(chosen), whole.read(chosen))
+
+
+@pytest.mark.parametrize(("error", "blamed"), [
+    (ssl.SSLError(1, "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC]"), False),
+    (OSError(errno.EHOSTUNREACH, "No route to host"), False),
+    (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), False),
+    (OSError(errno.ENOSPC, "No space left on device"), True),
+    (PermissionError(errno.EACCES, "Permission denied"), True),
+])
+def test_the_folder_is_blamed_for_its_own_troubles_alone(error, blamed):
+    said = at.archive_trouble("host", Path("data/archive.gz"), error, "host broke off")
+    assert ("data/ can't take archive.gz" in said) == blamed
+    assert ("host broke off (" in said) != blamed
 
 
 def test_a_data_folder_that_cannot_be_written_is_said(host, tmp_path):

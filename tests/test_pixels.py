@@ -24,7 +24,7 @@ def save(path: Path, values: np.ndarray, kind: str) -> None:
 def save_colour(path: Path, values: np.ndarray) -> None:
     """A PNG or TIFF file of 16 bits: [H, W, 3] RGB, [H, W, 4] with alpha, [H, W, 2] grey and alpha.
 
-    Pillow can't write them.
+    The fourth band of a TIFF file is any other, such as infrared. Pillow can't write them.
     """
     height, width, bands = values.shape
     if path.suffix == ".png":
@@ -38,7 +38,7 @@ def save_colour(path: Path, values: np.ndarray) -> None:
     else:
         order = "<" if path.name.startswith("little") else ">"
         tags = {256: width, 257: height, 258: 16, 259: 1, 262: 2, 273: 200, 277: bands,
-                278: height, 279: values.size * 2}
+                278: height, 279: values.size * 2} | ({338: 0} if bands == 4 else {})
         content = (b"II" if order == "<" else b"MM") + struct.pack(order + "HIH", 42, 8, len(tags))
         for tag, value in tags.items():
             count = bands if tag == 258 else 1
@@ -49,7 +49,7 @@ def save_colour(path: Path, values: np.ndarray) -> None:
                 content += struct.pack(order + "I", value)
             else:
                 content += struct.pack(order + "HH", value, 0)
-        content = content.ljust(190, b"\0") + struct.pack(order + "3H", 16, 16, 16)
+        content = content.ljust(190, b"\0") + struct.pack(f"{order}{bands}H", *[16] * bands)
         content = content.ljust(200, b"\0") + values.astype(order + "u2").tobytes()
     path.write_bytes(content)
 
@@ -170,6 +170,16 @@ def test_colours_of_twelve_bits_are_neither_dark_nor_coarse(name, bands, tmp_pat
     shown = images[0].permute(1, 2, 0).numpy()
     assert np.abs(shown - read / 4095 * 255)[seen].max() <= 0.5
     assert bands == 3 or (shown[1, 1] == 255).all()
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_a_fourth_band_hides_nothing_and_is_not_seen(order, tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (16, 16, 4))
+    path = tmp_path / f"{order}.tif"
+    save_colour(path, values)
+    with Image.open(path) as image:
+        assert np.array_equal(at.deep_values(image, at.deep_pixels(image)), values[..., :3])
+    assert decoded([path])[0].max() > 200
 
 
 def test_colours_of_sixteen_bits_turn_with_their_file(tmp_path):

@@ -1,6 +1,7 @@
 """--predict: what was trained classifies images, by the vote that the run measured."""
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, quick_flags, random_data, run_of
 from PIL import Image
 from test_data import make_folder
 
@@ -463,8 +464,55 @@ def test_models_in_a_folder_that_may_only_be_read_answer_into_the_current_one(
     output, paths, _ = trained
     before = sorted(output.iterdir())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != output)
+    write_bytes = Path.write_bytes
+
+    def read_only(file, content):
+        if file.parent == output:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return write_bytes(file, content)
+
+    monkeypatch.setattr(Path, "write_bytes", read_only)
     at.main([f"--predict={paths[0].parents[1]}", f"--output-dir={output}"])
     assert (tmp_path / "predictions.csv").is_file() and sorted(output.iterdir()) == before
     said = capsys.readouterr().out
-    assert "may not be written to" in said and "Accuracy: " in said
+    assert "can't be written (Read-only file system)" in said and "Accuracy: " in said
+
+
+def test_answers_that_nowhere_can_be_written_stop_with_a_message_of_their_own(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "output"
+    (output / "predictions.csv").mkdir(parents=True)  # whatever holds the name
+    rows = [("a.png", [("cat", 0.75), ("dog", 0.25)])]
+    at.write_answers(rows, 0, quick_flags(OUTPUT_DIR=str(output)))
+    assert "a.png,cat,0.7500,dog,0.2500" in (tmp_path / "predictions.csv").read_text()
+    (tmp_path / "predictions.csv").unlink()
+    (tmp_path / "predictions.csv").mkdir()
+    with pytest.raises(SystemExit):
+        at.write_answers(rows, 0, quick_flags(OUTPUT_DIR=str(output)))
+    message = capsys.readouterr().err
+    assert "PREDICT" in message and "--resume" not in message
+    assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_pictures_to_classify_are_decoded_apart_from_those_of_a_training(
+        trained, tmp_path, monkeypatch):
+    output, paths, _ = trained
+    seen = []
+    decoded_file = at.decoded_file
+    monkeypatch.setattr(at, "decoded_file", lambda flags: seen.append(flags) or decoded_file(flags))
+    at.main([f"--predict={paths[0]}", f"--output-dir={output}", "--memory-gb=0",
+             f"--data-dir={tmp_path}"])
+    assert seen and all(str(paths[0]) == flags.PREDICT for flags in seen)
+
+
+def test_models_see_pictures_as_they_were_trained_to():
+    run, data = run_of("test_resnet"), random_data()
+    saved = at.checkpoint(run, data)
+    saved["mean"], saved["std"] = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]  # of another version of timm
+    stored = at.stored_run("test_resnet", saved, run.flags, CPU)
+    assert stored.mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert stored.std.tolist() == pytest.approx([0.4, 0.5, 0.6])
+    assert at.checkpoint(stored, data)["mean"] == stored.mean.tolist()
+    del saved["mean"], saved["std"]  # an older file
+    assert torch.equal(at.stored_run("test_resnet", saved, run.flags, CPU).mean, run.mean)

@@ -95,6 +95,41 @@ def test_that_seeds_of_one_network_differ_is_said_whatever_kept_each_ones_weight
     assert at.weight_notices(found) == []
 
 
+def begun(folder, name, architecture):
+    """The checkpoint of a model that an earlier run began so, and the flags to go on with it."""
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    torch.save(dict(run={"the model's architecture": architecture}),
+               folder / "checkpoints" / f"{name}.pt")
+    return quick_flags(ARCHITECTURES=(name,), RESUME=True, OUTPUT_DIR=str(folder))
+
+
+def test_what_stood_in_goes_on_though_the_hub_answers_now(tmp_path, monkeypatch):
+    flags = begun(tmp_path, "resnet50", "tf_efficientnet_lite2")
+    asked = []
+    monkeypatch.setattr(at, "find_file", lambda name, *_: asked.append(name) or at.Found())
+    (weights,) = at.find_all_weights(flags)
+    assert weights.architecture == "tf_efficientnet_lite2" and weights.stands_in_for == "resnet50"
+    (notice,) = at.weight_notices([weights])
+    assert "--resume true goes on so: EfficientNet-Lite2" in notice and not asked
+    flags.RESUME = False
+    at.find_all_weights(flags)
+    assert asked == ["resnet50"]
+    own = begun(tmp_path, "tf_efficientnet_lite1", "tf_efficientnet_lite1")
+    assert at.find_all_weights(own)[0].stands_in_for is None
+    assert asked[1:] == ["tf_efficientnet_lite1"]
+
+
+def test_a_model_whose_weights_are_out_of_reach_now_is_told_before_anything_trains(
+        tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        at.find_all_weights(begun(tmp_path, "resnet50", "resnet50"))
+    message = capsys.readouterr().err
+    assert "RESUME" in message and "holds resnet50" in message and "EfficientNet-Lite2" in message
+    (tmp_path / "checkpoints" / "resnet50.pt").write_bytes(b"damaged")
+    at.find_all_weights(quick_flags(ARCHITECTURES=("resnet50",), RESUME=True,
+                                    OUTPUT_DIR=str(tmp_path)))
+
+
 def test_any_other_architecture_gets_the_fastest_whatever_else_is_named():
     for names in (["vit_tiny_patch16_224"], ["resnet50", "vit_tiny_patch16_224"]):
         assert search(*names)[-1].architecture == "tf_efficientnet_lite0"
