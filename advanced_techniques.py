@@ -3785,7 +3785,8 @@ def find_all_weights(flags: SimpleNamespace) -> list[Weights]:
     begun = from_first_process(lambda: begun_architectures(flags))
 
     def find(name: str) -> Found:
-        if begun.get(name, name) in SHIPPED and begun[name] != name.split(".")[0]:
+        held = begun.get(name)
+        if held in SHIPPED and held != name.split(".")[0]:
             return Found(notice=f"an earlier run began {name} without its own weights, and "
                                 "--resume true goes on so")
         return find_file(name, flags, gone)

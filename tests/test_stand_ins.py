@@ -116,7 +116,9 @@ def test_what_stood_in_goes_on_though_the_hub_answers_now(tmp_path, monkeypatch)
     assert asked == ["resnet50"]
     own = begun(tmp_path, "tf_efficientnet_lite1", "tf_efficientnet_lite1")
     assert at.find_all_weights(own)[0].stands_in_for is None
-    assert asked[1:] == ["tf_efficientnet_lite1"]
+    own.RESUME = False
+    assert at.find_all_weights(own)[0].stands_in_for is None
+    assert asked[1:] == ["tf_efficientnet_lite1"] * 2
 
 
 def test_a_model_whose_weights_are_out_of_reach_now_is_told_before_anything_trains(
