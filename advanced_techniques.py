@@ -43,6 +43,7 @@ import os
 import platform
 import re
 import shutil
+import ssl
 import sys
 import textwrap
 import threading
@@ -1966,8 +1967,8 @@ def check_places(flags: SimpleNamespace) -> None:
         stop(f"PRETRAINED = {flags.PRETRAINED}: neither auto, none nor an existing file or folder."
              + suggestion(flags.PRETRAINED, ("auto", "none")))
     handed_over = os.path.realpath(os.path.join(flags.OUTPUT_DIR, "models"))
-    if flags.EXPORT and Path(os.path.realpath(flags.PRETRAINED)).is_relative_to(handed_over):
-        stop(f"PRETRAINED = {flags.PRETRAINED}: it lies where this run writes its own models. "
+    if Path(os.path.realpath(flags.PRETRAINED)).is_relative_to(handed_over):
+        stop(f"PRETRAINED = {flags.PRETRAINED}: it lies where this run hands over its own models. "
              "Choose another folder for these with --output-dir, or copy the weights elsewhere.")
     if flags.DATASET in DATASETS:
         return
@@ -2312,8 +2313,8 @@ def copy_from(url: str, file: Path) -> None:
         shutil.copyfileobj(answer, stream)
 
 
-FOLDER_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOTDIR,
-                  errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.EFBIG)  # 1 would be TLS's, too
+FOLDER_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+                  errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.EFBIG)
 
 
 def archive_trouble(host: str, file: Path, error: Exception, otherwise: str) -> str:
@@ -2322,7 +2323,8 @@ def archive_trouble(host: str, file: Path, error: Exception, otherwise: str) -> 
         return f"{host} answered {error.code} {http.client.responses.get(error.code, '')}"
     if isinstance(error, urllib.error.URLError):
         return f"{otherwise} ({reason(error.reason)})"
-    if getattr(error, "errno", None) in FOLDER_REFUSES:
+    of_network = isinstance(error, (ConnectionError, TimeoutError, ssl.SSLError))
+    if not of_network and getattr(error, "errno", None) in FOLDER_REFUSES:
         return f"{file.parent}/ can't take {file.name} ({error.strerror})"
     return f"{otherwise} ({reason(error)})"
 
@@ -2365,7 +2367,8 @@ def fashion_mnist(folder: Path, download: bool, packed: Path = DEBIAN_FASHION_MN
     raw = folder / "FashionMNIST" / "raw"  # where torchvision looks for it
     for name, count in FASHION_MNIST_FILES.items():
         if (raw / name).is_file() and count_items(raw / name) != count:
-            (raw / name).unlink()  # copied in part, say: torchvision would take it for whole
+            (raw / name).replace(raw / f"{name}.damaged")  # torchvision would take it for whole
+            say(f"{raw / name} doesn't hold {count:,} items; it was set aside as {name}.damaged.")
     if len(list(raw.glob("*-ubyte"))) < len(FASHION_MNIST_FILES):
         unpack_fashion_mnist(raw, packed)
     train = torchvision.datasets.FashionMNIST(folder, train=True, download=download)
@@ -3038,7 +3041,7 @@ def decoded_file(flags: SimpleNamespace) -> Path:
 
     Other runs and machines may share DATA_DIR. But no two runs write to one OUTPUT_DIR.
     """
-    owner = f"{platform.node()}\n{Path(flags.OUTPUT_DIR).resolve()}\n{flags.PREDICT}"
+    owner = f"{platform.node()}\n{Path(flags.OUTPUT_DIR).resolve()}\n{bool(flags.PREDICT)}"
     return Path(flags.DATA_DIR, f"decoded_images_{zlib.crc32(os.fsencode(owner)):08x}.bin")
 
 
@@ -3774,6 +3777,7 @@ class Found:
     file: str = ""  # its path; "" where there is none
     how: str = ""  # "cached", "downloaded"
     notice: str = ""
+    shipped: str = ""  # which of SHIPPED is to stand in, where that was settled by an earlier run
 
 
 def find_all_weights(flags: SimpleNamespace) -> list[Weights]:
@@ -3786,9 +3790,9 @@ def find_all_weights(flags: SimpleNamespace) -> list[Weights]:
 
     def find(name: str) -> Found:
         held = begun.get(name)
-        if held in SHIPPED and held != name.split(".")[0]:
+        if held in SHIPPED and held != name.split(".")[0] and shipped_file_class(held):
             return Found(notice=f"an earlier run began {name} without its own weights, and "
-                                "--resume true goes on so")
+                                "--resume true goes on so", shipped=held)
         return find_file(name, flags, gone)
 
     def search() -> list[Found]:
@@ -3804,8 +3808,8 @@ def find_all_weights(flags: SimpleNamespace) -> list[Weights]:
         source = make_weights(name, flags, found)
         if begun.get(name, source.architecture) != source.architecture:
             stop(f"RESUME: the checkpoint of {name} in {flags.OUTPUT_DIR}/ holds {begun[name]}, "
-                 f"and now only {source.origin} can be had ({found.notice}). Let this machine "
-                 "reach what it was begun with, or choose another OUTPUT_DIR.")
+                 f"and now there is {source.architecture} ({source.origin}). Let the run find what "
+                 "it was begun with, a file or a package, or choose another OUTPUT_DIR.")
         instead = " (a stand-in)" if source.stands_in_for else ""
         say(f"Weights of {name}: {source.origin}{instead}.")
         weights.append(source)
@@ -3865,7 +3869,7 @@ def make_weights(name: str, flags: SimpleNamespace, found: Found) -> Weights:
             repository = timm.get_pretrained_cfg(name).hf_hub_id
             origin = f"ImageNet weights {repository} ({found.how})"
         return Weights(name, origin, file_overlay(found.file), notice=found.notice)
-    architecture = choose_shipped(name)
+    architecture = found.shipped or choose_shipped(name)
     if architecture is None:
         random = "RANDOM WEIGHTS (no ImageNet weights could be had)"
         return Weights(name, random, None, notice=found.notice)
@@ -4518,6 +4522,10 @@ def without_technique(flags: SimpleNamespace) -> dict[str, dict[str, Any]]:
     }
 
 
+ALL_TOGETHER = "all of these together"
+OTHERS_TOGETHER = "all others together"  # where some stay on, since processes can't try without
+
+
 def ablate(job: Job) -> list[dict[str, Any]]:
     """Train the first model without each technique, ABLATION_SEEDS times: a row of the ledger each.
 
@@ -4534,7 +4542,7 @@ def ablate(job: Job) -> list[dict[str, Any]]:
             nothing |= off
         if name not in unused and "USE_TTA" not in off:
             variants[f"without {name}"] = off
-    if any(flag != "USE_TTA" for flag in nothing):  # else there is nothing to train
+    if len(variants) > 1:  # else it would be the same training
         variants["nothing"] = nothing
     say(ablation_to_come(job, variants))
     runs = train_variants(job, variants)
@@ -4562,6 +4570,8 @@ def ablation_to_come(job: Job, variants: dict[str, dict[str, Any]]) -> str:
         most = "up to "
     seeds = job.flags.ABLATION_SEEDS
     more = len(seed) * seeds - 1
+    if not more:
+        return "\nThe ablation has nothing to train: what it compares is there."
     times_more = f"{more} more times" if more != 1 else "once more"
     said = (f"\nThe ablation trains {entry['name']} {most}{times_more}: about "
             f"{duration(sum(seed) * seeds - gradual)}.")
@@ -4654,8 +4664,7 @@ def ledger(job: Job, runs: dict[str, list[Tested]], unused: dict[str, str]) -> l
             rows.append(equal_time_row(on, runs, tta, labels))
     if "nothing" in runs:
         bare = [as_tested(run, False) for run in runs["nothing"]]
-        all_rest = any(map(too_much_for_processes, unused))
-        name = "all the others together" if all_rest else "all of these together"
+        name = OTHERS_TOGETHER if any(map(too_much_for_processes, unused)) else ALL_TOGETHER
         together = ledger_row(name, on, bare, labels)
         rows.append(together | dict(memory_ran_out=was_halved(runs["nothing"])))
     kinds = {tested.entry["architecture"] for tested in job.tested}
@@ -4741,7 +4750,7 @@ def as_tested(tested: Tested, tta: bool) -> dict[str, Any]:
     """What the ledger compares, with TTA or without.
 
     final: probabilities [n, classes] of the test images; spent: seconds of training and testing;
-    memory: bytes of its training, above what the process held before; or None.
+    memory: bytes of its tensors in training, above what was in use before; or None.
     """
     entry = tested.entry
     if tta:
@@ -4751,7 +4760,7 @@ def as_tested(tested: Tested, tta: bool) -> dict[str, Any]:
         final = tested.plain
         test_seconds = entry["plain_seconds"]
     spent = entry["seconds"] + test_seconds
-    return dict(final=final, spent=spent, memory=entry["training_memory_bytes"])
+    return dict(final=final, spent=spent, memory=entry.get("training_tensor_bytes"))
 
 
 def ledger_row(technique: str, on: list[dict[str, Any]], off: list[dict[str, Any]],
@@ -4838,16 +4847,21 @@ def count_memory_from_here(run: Run) -> None:
 
 
 def training_memory(run: Run) -> int | None:
-    """Bytes that a model's training takes, above what was in use before; None if not known.
-
-    On a CPU that is what the trial before it found: the process's own memory would tell what
-    earlier trainings left behind in it, in pieces that fit nothing else.
-    """
-    if run.device.type == "cpu":
-        return run.pace.memory if run.pace else None
+    """Bytes that a model's training took, above what was in use before; None if not known."""
     if run.peak_memory is None or run.memory_before is None:
         return None
     return run.peak_memory - run.memory_before
+
+
+def training_tensors(run: Run) -> int | None:
+    """Bytes that a model's tensors take in training, above what was in use before; None: unknown.
+
+    An accelerator counts them. On a CPU the trial before training did: the process's own memory
+    would tell what earlier trainings left behind in it, in pieces that fit nothing else.
+    """
+    if run.device.type == "cpu":
+        return run.pace.memory if run.pace else None
+    return training_memory(run)
 
 
 def memory_of(work: Callable[[], Any], device: torch.device) -> int | None:
@@ -4860,15 +4874,23 @@ def memory_of(work: Callable[[], Any], device: torch.device) -> int | None:
     return peak - before if peak and before else None
 
 
-def allocated_at_peak(work: Callable[[], Any]) -> int:
+def allocated_at_peak(work: Callable[[], Any]) -> int | None:
     """Bytes of tensors that work() adds on a CPU at its fullest (PyTorch: torch.profiler).
 
     The same work gives the same number. What an operator needs for itself alone isn't counted.
+    None, and work() isn't done, where there is no profiler or another one is at work.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell that it sees no GPU
     cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+    profile = torch.profiler.profile(activities=[cpu], profile_memory=True)
+    try:
+        profile.start()
+    except (AssertionError, RuntimeError):
+        return None
+    try:
         work()
+    finally:
+        profile.stop()
     held = 0
     fullest = 0
     for event in sorted(profile.events(), key=lambda event: event.time_range.end):
@@ -4967,9 +4989,9 @@ def measure_pace(run: Run, data: Data) -> Pace:
         learn_within_memory()  # to warm up
         seconds = seconds_of(learn_within_memory, run.device)
         pace.learning[stage] = seconds / len(part.chosen)
-        if run.device.type == "cpu":
-            memory += allocated_at_peak(learn_within_memory) + update_bytes(run)
-            pace.memory = max(memory, pace.memory or 0)
+        taken = allocated_at_peak(learn_within_memory) if run.device.type == "cpu" else None
+        if taken is not None:
+            pace.memory = max(memory + taken + update_bytes(run), pace.memory or 0)
     answer()
     pace.answer = seconds_of(answer, run.device) / len(part.chosen)
     run.optimizer.zero_grad(set_to_none=True)
@@ -5074,7 +5096,11 @@ def measure_update(run: Run, data: Data, precision: torch.dtype | None,
     def within() -> Tensor:
         return within_memory(one_update, timed)
 
-    taken = memory_of(within, run.device)  # and to warm up
+    def twice() -> None:  # to warm up; and only the second holds AdamW's averages from its start on
+        for _ in range(2):
+            seconds_of(within, run.device)
+
+    taken = memory_of(twice, run.device)
     seconds = [seconds_of(within, run.device) for _ in range(3)]
     return part.images / sorted(seconds)[1], taken
 
@@ -5443,6 +5469,7 @@ def judge_model(run: Run, data: Data, answers: Tensor, seconds: float) -> Tested
     averaged = soft_vote(answers)
     entry = trained_entry(run, data)
     entry |= dict(peak_memory_bytes=run.peak_memory, training_memory_bytes=training_memory(run),
+                  training_tensor_bytes=training_tensors(run),
                   precision_why=run.precision_why,
                   precision=str(run.precision or torch.float32).removeprefix("torch."),
                   plain_seconds=seconds / len(answers), tta_seconds=seconds)
@@ -5471,6 +5498,11 @@ def write_report(results: dict[str, Any], notices: list[str], folder: Path) -> N
     text = "\n".join([*lines, ""])
     say(text)
     write_text(folder / "report.txt", text)
+    write_results(results, folder)
+
+
+def write_results(results: dict[str, Any], folder: Path) -> None:
+    """Write results.json, what programs read."""
     write_text(folder / "results.json", f"{json.dumps(results, indent=1)}\n")
 
 
@@ -6517,7 +6549,7 @@ def show_prediction(axis: Any, place: int, probabilities: Tensor, data: Data) ->
 
 def single_techniques(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of the ledger that stand for one technique each, without votes and comparisons."""
-    apart = ("the same, in equal time", "all of these together")
+    apart = ("the same, in equal time", ALL_TOGETHER, OTHERS_TOGETHER)
     return [row for row in rows
             if row["technique"] not in apart and not row["technique"].startswith("soft vote")]
 
@@ -6655,7 +6687,8 @@ def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int
             say(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
             return
         say(f"{file} can't be written ({why}).")
-    stop("PREDICT: so the answers are nowhere but above. Make room, or start it in another folder.")
+    stop("PREDICT: so the answers are lost but for the first ones above. Make room, or start it in "
+         "another folder.")
 
 
 def why_not_written(file: Path, text: str) -> str:
@@ -6667,7 +6700,7 @@ def why_not_written(file: Path, text: str) -> str:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        return error.strerror
+        return error.strerror or reason(error)
     return ""
 
 
@@ -6744,7 +6777,12 @@ def hand_over(job: Job, results: dict[str, Any]) -> None:
     flags = SimpleNamespace(**vars(job.flags) | dict(COMPILE=False))
     runs = []
     refused = {}
+    say("Handing over: the models are written to models/ and ensemble.pt2, and the latter is tried "
+        "on the test images.")
+    results["export"] = dict(file=None, why="its trial was interrupted", not_for_timm={},
+                             in_models=[tested.entry["name"] for tested in finished_models(job)])
     try:
+        write_results(results, folder)  # so that a later run here knows whose these are
         for tested in finished_models(job):
             name = tested.entry["name"]
             saved = torch.load(folder / "checkpoints" / f"{name}.pt", map_location="cpu",
@@ -6765,7 +6803,7 @@ def hand_over(job: Job, results: dict[str, Any]) -> None:
     with contextlib.suppress(OSError, SystemExit):  # what is there already tells all but this
         report = (folder / "report.txt").read_text("utf-8")
         write_text(folder / "report.txt", "\n".join([report.rstrip("\n"), *lines, ""]))
-        write_text(folder / "results.json", f"{json.dumps(results, indent=1)}\n")
+        write_results(results, folder)
 
 
 def failure(error: BaseException) -> str:

@@ -47,7 +47,15 @@ def test_where_another_stood_in_the_architecture_itself_is_measured(monkeypatch)
 
 
 def test_an_update_is_timed_with_all_layers_its_median_taken_and_its_own_memory(monkeypatch):
-    clock, learning = iter([5.0, 1.0, 9.0]), []
+    clock, learning, watched = iter([99.0, 100.0, 5.0, 1.0, 9.0]), [], []
+    memory_of = at.memory_of
+
+    def watch(work, device):
+        taken = memory_of(work, device)
+        watched.append(len(learning))
+        return taken
+
+    monkeypatch.setattr(at, "memory_of", watch)
 
     def timed(work, device):
         work()
@@ -57,9 +65,10 @@ def test_an_update_is_timed_with_all_layers_its_median_taken_and_its_own_memory(
     monkeypatch.setattr(at, "seconds_of", timed)
     run, data = run_of("test_resnet", BATCH_SIZE=10), random_data()
     speed, memory = at.measure_update(run, data, None, 10)
-    assert speed == 20 / 5.0 and learning == [True] * 3
+    assert speed == 20 / 5.0 and learning == [True] * 5
+    assert watched == [2]  # the first one lacks AdamW's averages until its activations are gone
     assert memory > 3 * 4 * at.count_parameters(run.network)  # gradients, averages, activations
-    clock = iter([1.0] * 3)
+    clock = iter([1.0] * 5)
     assert at.measure_update(run, data, None, 5)[1] < memory
 
 
@@ -76,7 +85,7 @@ def test_speeds_are_those_of_the_clock(monkeypatch):
     found = at.measure_architecture(run, data)
     assert found["training_images_per_second"] == 2.0  # 4 images of an update
     assert found["inference_images_per_second"] == 4.0  # 8 of the 10 test images
-    assert len(clock) == 7 and len(data.split["test"]) == 10
+    assert len(clock) == 9 and len(data.split["test"]) == 10
 
 
 def entry(name, parameters, training, accuracy, seconds, trained=None):

@@ -44,7 +44,7 @@ def run(script, folder, *arguments):
 def numbers(results):
     """The results without what a clock or the machine's memory decides."""
     measured = ("images_per_second", "speed", "OUTPUT_DIR", "diagnosis", "peak_memory_bytes",
-                "training_memory_bytes",
+                "training_memory_bytes", "training_tensor_bytes",
                 "architectures")
     if isinstance(results, dict):
         return {

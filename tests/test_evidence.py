@@ -206,7 +206,7 @@ def test_the_first_run_is_the_first_seed_of_everything_on(monkeypatch):
             seconds=seconds,
             plain_seconds=1.0,
             tta_seconds=4.0,
-            training_memory_bytes=None,
+            training_tensor_bytes=None,
             validation_accuracy=0.5,
             precision="bfloat16",
             precision_why="",
@@ -248,7 +248,8 @@ def test_the_first_run_is_the_first_seed_of_everything_on(monkeypatch):
     trained.clear()
     monkeypatch.setattr(at, "PROCESSES", 2)
     monkeypatch.setattr(at, "from_first_process", lambda ask: ask())
-    at.ablate(at.Job(base, CPU, data, weights=[weights], tested=[finished(5)]))
+    together = at.ablate(at.Job(base, CPU, data, weights=[weights], tested=[finished(5)]))
+    assert at.OTHERS_TOGETHER in {row["technique"] for row in together}
     changed = [change for _, _, change in trained]
     assert dict(USE_COSINE_SCHEDULE=False, GRADUAL_UNFREEZING=False, USE_TTA=False) in changed
     for name in ("BATCH_SIZE", "USE_MIXED_PRECISION"):
@@ -275,7 +276,7 @@ def test_the_ledger_compares_at_equal_time_and_votes_with_the_best_on_validation
         answer = probabilities_of([index in right for index in range(100)], data)
         entry = dict(architecture=str(len(right)), seconds=seconds,
                      plain_seconds=1.0, tta_seconds=1.0,
-                     training_memory_bytes=100, precision="float32", precision_why="FP32.",
+                     training_tensor_bytes=100, precision="float32", precision_why="FP32.",
                      validation_accuracy=validation, epochs=[{}] * epochs)
         return at.Tested(entry, answer.flip(1), answer)  # without TTA it answers otherwise
 
@@ -317,7 +318,7 @@ def memory_of_trial(**flags):
     """What training a model takes, as the trial before it finds on a CPU."""
     run, data = run_of("test_resnet", NUM_EPOCHS=4, **flags), random_data()
     run.pace = at.measure_pace(run, data)
-    return at.training_memory(run)
+    return at.training_tensors(run)
 
 
 def test_memory_of_training_on_a_cpu_is_what_its_tensors_take_whatever_went_before():
@@ -357,19 +358,29 @@ def test_memory_of_work_is_that_of_its_fullest_moment():
     assert at.memory_of(work, CPU) == 4 * 1_500_000
 
 
+def test_a_profiler_that_does_not_start_is_no_reason_to_stop(monkeypatch):
+    def refuse(profile):
+        raise RuntimeError("this build has no profiler")
+
+    monkeypatch.setattr(torch.profiler.profile, "start", refuse)
+    assert at.memory_of(int, CPU) is None
+    assert memory_of_trial() is None
+
+
 def test_an_accelerator_counts_its_memory_itself_above_what_was_held_before(monkeypatch):
     run, data = run_of("test_resnet", NUM_EPOCHS=2), random_data()
     monkeypatch.setattr(at, "reset_peak_memory", lambda device: 1000)
     monkeypatch.setattr(at, "peak_memory", lambda device: 1700)
     assert at.memory_of(int, torch.device("cuda")) == 700
     at.train_model(run, data)
+    assert at.training_tensors(run) is None  # on a CPU the trial tells
     run.device = torch.device("cuda")
-    assert at.training_memory(run) == 700
+    assert at.training_tensors(run) == at.training_memory(run) == 700
     run.device = CPU
     del run.epochs[1]
     at.train_model(run, data)  # resumed: its averages of the gradients were there before
     run.device = torch.device("cuda")
-    assert len(run.epochs) == 2 and at.training_memory(run) is None
+    assert len(run.epochs) == 2 and at.training_tensors(run) is None
     monkeypatch.setattr(at, "reset_peak_memory", lambda device: None)
     assert at.memory_of(int, torch.device("cuda")) is None
 
@@ -382,11 +393,13 @@ def test_that_memory_ran_out_is_kept():
     assert at.trained_entry(run, data)["memory_ran_out"] is True
 
 
-@pytest.mark.parametrize(("off", "trained"), [
-    (("USE_TTA",), True),
-    (("USE_MIXED_PRECISION", "USE_COSINE_SCHEDULE", "GRADUAL_UNFREEZING"), False),
+@pytest.mark.parametrize(("off", "precision", "trained"), [
+    (("USE_TTA",), "bfloat16", True),
+    (("USE_MIXED_PRECISION", "USE_COSINE_SCHEDULE", "GRADUAL_UNFREEZING"), "float32", False),
+    (("USE_COSINE_SCHEDULE", "GRADUAL_UNFREEZING"), "float32", False),  # this CPU has no units
 ])
-def test_nothing_is_trained_without_all_where_training_would_be_the_same(monkeypatch, off, trained):
+def test_nothing_is_trained_without_all_where_training_would_be_the_same(
+        monkeypatch, capsys, off, precision, trained):
     data = random_data(count=400)
     names = []
 
@@ -397,8 +410,8 @@ def test_nothing_is_trained_without_all_where_training_would_be_the_same(monkeyp
     def finished():
         answer = probabilities_of([True] * 100, data)
         entry = dict(name="test_resnet", architecture="test_resnet", seconds=1.0,
-                     plain_seconds=1.0, tta_seconds=1.0, training_memory_bytes=None,
-                     validation_accuracy=0.5, precision="bfloat16", precision_why="",
+                     plain_seconds=1.0, tta_seconds=1.0, training_tensor_bytes=None,
+                     validation_accuracy=0.5, precision=precision, precision_why="",
                      epochs=[dict(stage=1)])
         return at.Tested(entry, answer, answer)
 
@@ -411,7 +424,9 @@ def test_nothing_is_trained_without_all_where_training_would_be_the_same(monkeyp
     job = at.Job(flags, CPU, data, weights=[at.Weights("test_resnet", "", {})], tested=[finished()])
     rows = at.ablate(job)
     assert ("ablation_nothing_1" in names) == trained
-    assert any("all of these" in row["technique"] for row in rows) == trained
+    assert any(row["technique"] == at.ALL_TOGETHER for row in rows) == trained
+    assert trained or names == []
+    assert ("nothing to train" in capsys.readouterr().out) != trained
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -282,15 +282,16 @@ def test_no_network_of_an_earlier_run_is_left_beside_the_ones_of_this(tmp_path):
 def test_weights_to_begin_with_may_not_lie_where_models_are_handed_over(tmp_path, capsys):
     weights = tmp_path / "outputs" / "models" / "resnet18"
     weights.mkdir(parents=True)
-    flags = quick_flags(PRETRAINED=str(weights), OUTPUT_DIR=str(tmp_path / "outputs"),
-                        EXPORT=True)
-    with pytest.raises(SystemExit):
-        at.check_places(flags)
-    message = capsys.readouterr().err
-    assert "PRETRAINED" in message and "--output-dir" in message
-    flags.EXPORT = False
+    flags = quick_flags(PRETRAINED=str(weights), OUTPUT_DIR=str(tmp_path / "outputs"))
+    for export in (True, False):  # a report removes an earlier run's models either way
+        flags.EXPORT = export
+        with pytest.raises(SystemExit):
+            at.check_places(flags)
+        message = capsys.readouterr().err
+        assert "PRETRAINED" in message and "--output-dir" in message
+    flags.OUTPUT_DIR = str(tmp_path / "other")
     at.check_places(flags)
-    flags.EXPORT, flags.OUTPUT_DIR = True, str(tmp_path / "other")
+    flags.PRETRAINED = "auto"
     at.check_places(flags)
 
 

@@ -384,21 +384,25 @@ def test_a_damaged_archive_or_folder_is_recovered_from(host, tmp_path):
 
 
 @pytest.mark.skipif(not at.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's copy")
-def test_a_damaged_folder_of_fashion_mnist_is_unpacked_again(tmp_path):
+def test_a_damaged_folder_of_fashion_mnist_is_unpacked_again(tmp_path, capsys):
     whole = at.fashion_mnist(tmp_path, download=False)
     damaged = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     again = at.fashion_mnist(tmp_path, download=False)
     chosen = np.array([0, 59_999, 69_999])
     assert torch.equal(again.read(chosen), whole.read(chosen))
+    assert damaged.with_name(f"{damaged.name}.damaged").stat().st_size == 1000
+    assert "set aside" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("error", "blamed"), [
     (ssl.SSLError(1, "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC]"), False),
+    (ssl.SSLSyscallError(5, "EOF occurred in violation of protocol"), False),
     (OSError(errno.EHOSTUNREACH, "No route to host"), False),
     (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), False),
     (OSError(errno.ENOSPC, "No space left on device"), True),
     (PermissionError(errno.EACCES, "Permission denied"), True),
+    (PermissionError(errno.EPERM, "Operation not permitted"), True),
 ])
 def test_the_folder_is_blamed_for_its_own_troubles_alone(error, blamed):
     said = at.archive_trouble("host", Path("data/archive.gz"), error, "host broke off")
