@@ -9,7 +9,8 @@ import advanced_techniques as at
 
 def saved_run(tmp_path, precision=None, **changes):
     """A run with one epoch of two in its checkpoint."""
-    run = run_of("test_resnet", NUM_EPOCHS=2, OUTPUT_DIR=str(tmp_path), RESUME=True, **changes)
+    run = run_of("test_resnet", NUM_EPOCHS=2, OUTPUT_DIR=str(tmp_path), RESUME=True,
+                 ARCHITECTURES=("test_resnet",), **changes)
     in_precision(run, precision)
     run.epochs = [dict(epoch=1, seconds=1.0)]
     at.save_checkpoint(run, random_data())
