@@ -358,6 +358,15 @@ def test_memory_of_work_is_that_of_its_fullest_moment():
     assert at.memory_of(work, CPU) == 4 * 1_500_000
 
 
+def test_memory_of_training_is_that_of_its_fullest_stage_with_gradients_and_averages(monkeypatch):
+    taken = iter([400_000_000, 300_000_000, 200_000_000, 100_000_000])
+    monkeypatch.setattr(at, "allocated_at_peak", lambda work: next(taken))
+    run, data = run_of("test_resnet", NUM_EPOCHS=4, FEATURE_VIEWS=0), random_data()
+    head = sum(parameter.nbytes for parameter in run.network.get_classifier().parameters())
+    run.pace = at.measure_pace(run, data)
+    assert at.training_tensors(run) == 400_000_000 + 3 * head  # the head alone learns there
+
+
 def test_a_profiler_that_does_not_start_is_no_reason_to_stop(monkeypatch):
     def refuse(profile):
         raise RuntimeError("this build has no profiler")

@@ -379,6 +379,7 @@ def test_a_program_that_was_not_tried_to_the_end_is_not_left(tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         at.report(job)
     assert not (tmp_path / "ensemble.pt2").exists()
+    assert at.handed_over_before(tmp_path) == ["test_resnet"]  # a later run can clear these away
 
 
 def test_what_an_older_run_left_does_not_stay_beside_another_run(tmp_path):

@@ -114,6 +114,8 @@ def test_what_stood_in_goes_on_though_the_hub_answers_now(tmp_path, monkeypatch)
     flags.RESUME = False
     at.find_all_weights(flags)
     assert asked == ["resnet50"]
+    other = begun(tmp_path, "resnet50", "tf_efficientnet_lite1")  # Lite2 was missing then
+    assert at.find_all_weights(other)[0].architecture == "tf_efficientnet_lite1"
     own = begun(tmp_path, "tf_efficientnet_lite1", "tf_efficientnet_lite1")
     assert at.find_all_weights(own)[0].stands_in_for is None
     own.RESUME = False

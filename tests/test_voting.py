@@ -60,7 +60,7 @@ def test_the_ensemble_can_be_right_where_most_models_are_unsure():
     models = finished([sure, unsure, unsure], [unsure, unsure, unsure])
     result = at.evaluate_ensemble(models, data.truth("test"))
     assert result["accuracy"] == 1.0 and result["tta_accuracy"] == 0.0
-    assert result["gain_over_best"] == 0
+    assert result["gain_over_best"] == 0 and result["tta_gain_over_best"] == 0
     assert result["disagreement"] == 1.0 and result["shared_errors"] == 0
 
 
@@ -76,6 +76,25 @@ def test_an_ensemble_gains_where_each_model_errs_elsewhere():
     assert result["accuracy"] == 1.0 and result["gain_over_best"] == pytest.approx(1 / 3)
     low, high = result["gain_interval"]
     assert 0.1 < low < 1 / 3 < high and result["shared_errors"] == 0
+
+
+def test_the_gain_with_tta_is_that_of_votes_and_models_with_tta():
+    data = random_data(count=120)  # 30 to test on
+    labels = data.truth("test")
+    right = torch.nn.functional.one_hot(labels, 4).float()
+    wrong = right.roll(1, 1)
+    result = at.evaluate_ensemble(finished([right] * 3, [wrong, right, right]), labels)
+    assert result["gain_over_best"] == 0 and result["tta_gain_over_best"] == 1
+
+
+@pytest.mark.parametrize("tta", [True, False])
+def test_the_report_tells_the_vote_s_gain_as_the_run_answers(tta):
+    ensemble = dict(gain_over_best=0.01, gain_interval=[0.0, 0.02], gain_chance=0.1,
+                    tta_gain_over_best=0.005, tta_gain_interval=[-0.01, 0.02],
+                    tta_gain_chance=0.3, disagreement=0.125)
+    said = " ".join(at.ensemble_lines(ensemble, tta))
+    assert "+1.0 (+0.0 to +2.0) points" in said and "disagree on 12.5%" in said
+    assert ("where both have TTA, +0.5 (-1.0 to +2.0) points, p = 0.3." in said) == tta
 
 
 @pytest.mark.parametrize(("errors", "shared"), [((0, 0), None), ((4, 2), 0.5), ((4, 4), 1.0)])
