@@ -2367,8 +2367,9 @@ def fashion_mnist(folder: Path, download: bool, packed: Path = DEBIAN_FASHION_MN
     raw = folder / "FashionMNIST" / "raw"  # where torchvision looks for it
     for name, count in FASHION_MNIST_FILES.items():
         if (raw / name).is_file() and count_items(raw / name) != count:
-            (raw / name).replace(raw / f"{name}.damaged")  # torchvision would take it for whole
-            say(f"{raw / name} doesn't hold {count:,} items; it was set aside as {name}.damaged.")
+            with contextlib.suppress(OSError):  # in a folder that can't be written
+                (raw / name).replace(raw / f"{name}.damaged")  # torchvision would take it for whole
+                say(f"{raw / name} doesn't hold {count:,} items: set aside as {name}.damaged.")
     if len(list(raw.glob("*-ubyte"))) < len(FASHION_MNIST_FILES):
         unpack_fashion_mnist(raw, packed)
     train = torchvision.datasets.FashionMNIST(folder, train=True, download=download)
@@ -4878,7 +4879,7 @@ def allocated_at_peak(work: Callable[[], Any]) -> int | None:
     """Bytes of tensors that work() adds on a CPU at its fullest (PyTorch: torch.profiler).
 
     The same work gives the same number. What an operator needs for itself alone isn't counted.
-    None, and work() isn't done, where there is no profiler or another one is at work.
+    None, and work() isn't done, where there is no profiler.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell that it sees no GPU
     cpu = torch.profiler.ProfilerActivity.CPU
