@@ -1283,9 +1283,16 @@ def check_other_checkpoints(run: Run, data: Data) -> None:
     names.remove(run.name)
     for name in names:
         file = checkpoint_file(run).with_name(f"{name}.pt")
-        with contextlib.suppress(Exception):  # of a file that isn't there or is damaged
-            before = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["run"]
+        before = kept_signature(file)
+        if before:
             stop_at_another_run(file, before, wanted)
+
+
+def kept_signature(file: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run; nothing if it isn't there or is damaged."""
+    with contextlib.suppress(Exception):  # torch.load raises nearly anything on a damaged file
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["run"]
+    return {}
 
 
 def stop_at_another_run(file: Path, before: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -1656,12 +1663,26 @@ def first_on_each_machine() -> Iterator[bool]:
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that it is there as a whole or not at all: a temporary one, renamed.
+    """Write a file as replace_whole() does, or stop with advice where the disk is full or refuses.
 
-    From the first process only. Stops with advice where the disk is full or refuses.
+    From the first process only.
     """
     if RANK:
         return
+    try:
+        replace_whole(file, write)
+    except (OSError, RuntimeError) as error:
+        # torch.save raises another error in the wake of the one that tells what happened.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):
+            raise
+        stop(f"{file} can't be written ({cause.strerror or cause}). Make room, or choose another "
+             "folder with --output-dir; what was written before is whole, and --resume true goes "
+             "on from there.")
+
+
+def replace_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file so that it is there as a whole or not at all: a temporary one, renamed."""
     partial = file.with_name(file.name + ".tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -1670,16 +1691,10 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
-        # torch.save raises another error in the wake of the one that tells what happened.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, OSError):
-            raise
-        stop(f"{file} can't be written ({cause.strerror or cause}). Make room, or choose another "
-             "folder with --output-dir; what was written before is whole, and --resume true goes "
-             "on from there.")
+        raise
 
 
 def check_output(flags: SimpleNamespace) -> BinaryIO | None:
@@ -3823,10 +3838,9 @@ def begun_architectures(flags: SimpleNamespace) -> dict[str, str]:
     if not flags.RESUME or flags.PRETRAINED != "auto":
         return begun
     for asked, name in zip(flags.ARCHITECTURES, model_names(flags.ARCHITECTURES), strict=True):
-        file = Path(flags.OUTPUT_DIR, "checkpoints", f"{name}.pt")
-        with contextlib.suppress(Exception):  # of one that isn't there or is damaged
-            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            begun[asked] = saved["run"]["the model's architecture"]
+        before = kept_signature(Path(flags.OUTPUT_DIR, "checkpoints", f"{name}.pt"))
+        if "the model's architecture" in before:  # an older checkpoint doesn't tell
+            begun[asked] = before["the model's architecture"]
     return begun
 
 
@@ -6680,29 +6694,18 @@ def write_answers(rows: list[tuple[str, list[tuple[str, float]]]], left_out: int
         for name, share in answer:
             line += [name, f"{share:.4f}"]
         lines.append(line)
-    table = as_csv(header, lines)
+    table = as_csv(header, lines).encode("utf-8", "backslashreplace")
     for folder in (Path(flags.OUTPUT_DIR), Path()):
         file = folder / "predictions.csv"
-        why = why_not_written(file, table)
-        if not why:
+        try:
+            replace_whole(file, lambda stream: stream.write(table))
+        except OSError as error:
+            say(f"{file} can't be written ({error.strerror or error}).")
+        else:
             say(f"{len(rows):,} images classified, {left_out} left out; all answers are in {file}.")
             return
-        say(f"{file} can't be written ({why}).")
     stop("PREDICT: so the answers are lost but for the first ones above. Make room, or start it in "
          "another folder.")
-
-
-def why_not_written(file: Path, text: str) -> str:
-    """Write a text as a whole; "", or why it can't be, and then what was there before still is."""
-    partial = file.with_name(f"{file.name}.tmp")
-    try:
-        partial.write_bytes(text.encode("utf-8", "backslashreplace"))
-        partial.replace(file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        return error.strerror or reason(error)
-    return ""
 
 
 def stored_models(job: Job) -> tuple[list[Run], list[str], int, PixelScale, float]:

@@ -464,14 +464,14 @@ def test_models_in_a_folder_that_may_only_be_read_answer_into_the_current_one(
     output, paths, _ = trained
     before = sorted(output.iterdir())
     monkeypatch.chdir(tmp_path)
-    write_bytes = Path.write_bytes
+    open_file = Path.open
 
-    def read_only(file, content):
-        if file.parent == output:
+    def read_only(file, mode="r", *options, **named):
+        if file.parent == output and "w" in mode:
             raise OSError(errno.EROFS, "Read-only file system")
-        return write_bytes(file, content)
+        return open_file(file, mode, *options, **named)
 
-    monkeypatch.setattr(Path, "write_bytes", read_only)
+    monkeypatch.setattr(Path, "open", read_only)
     at.main([f"--predict={paths[0].parents[1]}", f"--output-dir={output}"])
     assert (tmp_path / "predictions.csv").is_file() and sorted(output.iterdir()) == before
     said = capsys.readouterr().out
