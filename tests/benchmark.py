@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import math
+import resource
 import statistics
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def textbook(run: at.Run, data: at.Data) -> dict[str, Any]:
     train = loaders["train"]
     criterion = nn.CrossEntropyLoss(label_smoothing=flags.LABEL_SMOOTHING)
     accumulation = flags.GRADIENT_ACCUMULATION_STEPS
-    updates = math.ceil(len(train) / accumulation) * flags.NUM_EPOCHS // at.STAGES
+    updates = math.ceil(len(train) / accumulation) * flags.NUM_EPOCHS // flags.UNFREEZING_STAGES
     times, accuracies, waited, stage = [], [], 0.0, None
     started = time.perf_counter()
     for epoch in range(flags.NUM_EPOCHS):
@@ -172,7 +173,7 @@ def trainer(run: at.Run, data: at.Data) -> dict[str, Any]:
         exhaust(produce(run, data, at.Part(len(chosen), chosen, views)))
 
     return dict(times=times, accuracies=[entry["validation_accuracy"] for entry in run.epochs],
-                waited=spent, memory=run.peak_memory or math.nan, test=test,
+                waited=spent, memory=peak_memory(), test=test,
                 augmented=images_per_second(len(data.split["train"]), augment_epoch),
                 peak_flops=matrix_product_peak(run.device, run.precision),
                 peak_share_by_stage=peak_shares(run, len(data.split["train"])))
@@ -215,8 +216,8 @@ def peak_share(run: at.Run, epochs: list[dict[str, Any]], images: int) -> float:
     at.unfreeze(run, at.groups_learning(first, run))
     forward, trained = flops_per_image(run)
     passes = len(epochs)  # through the frozen layers
-    if epochs[0]["kept_features"]:
-        passes = min(passes, at.views_to_keep(first, run))
+    if at.groups_learning(first, run) == 1 and run.flags.FEATURE_VIEWS:  # features are kept
+        passes = min(passes, run.flags.FEATURE_VIEWS)
     operations = images * (passes * (forward - trained) + len(epochs) * 3 * trained)
     spent = sum(entry["seconds"] for entry in epochs)
     return operations / spent / matrix_product_peak(run.device, run.precision)
@@ -242,7 +243,7 @@ def images_per_second(images: int, epoch: Callable[[], Any]) -> float:
 
 def peak_memory() -> float:
     """Peak resident memory of this process in bytes; a DataLoader's workers are not counted."""
-    return at.peak_memory(CPU) or math.nan
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def one_run(kind: str, architecture: str, seed: int, changes: dict[str, Any]) -> None:
@@ -252,16 +253,11 @@ def one_run(kind: str, architecture: str, seed: int, changes: dict[str, Any]) ->
         raise SystemExit("tests/benchmark.py compares on a CPU; hide the accelerator to run it.")
     small = dict(IMAGE_SIZE=96, TEST_IMAGES=2000, SEED=seed)
     flags = SimpleNamespace(**at.FLAGS | small | changes)
-    try:
-        at.fashion_mnist(Path(flags.DATA_DIR), download=False)
-        flags.DATASET = "fashion_mnist"
-    except RuntimeError:
-        flags.DATASET = "shapes"
+    flags.DATASET = "fashion_mnist" if at.DEBIAN_FASHION_MNIST.is_dir() else "shapes"
     job = at.Job(flags, device)
-    job.data, _ = at.load_data(flags, device)
-    shipped = at.stand_in_weights() if architecture == at.STAND_IN else None
-    weights = at.Weights(architecture, "", dict(state_dict=shipped) if shipped else None)
-    run = at.new_run(architecture, weights, seed, job)
+    job.data = at.load_data(job)
+    shipped = at.shipped_weights(architecture, architecture) if architecture in at.SHIPPED else None
+    run = at.new_run(architecture, shipped or at.Weights(architecture, ""), seed, job)
     run.weights = at.Weights(architecture, "", {})  # random weights are timed like pretrained ones
     loop = dict(textbook=textbook, trainer=trainer)[kind]
     print(json.dumps(loop(run, job.data) | dict(dataset=job.data.name)))
@@ -349,7 +345,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true",
                         help="300 images, 8 epochs, one backbone: under two minutes")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each loop (default: 1)")
-    parser.add_argument("--architectures", default=f"{at.STAND_IN},resnet18",
+    parser.add_argument("--architectures", default="tf_efficientnet_lite0,resnet18",
                         help="comma-separated timm names")
     parser.add_argument("--images", type=int, default=1500, help="training images (default: 1500)")
     parser.add_argument("--epochs", type=int, default=20,
@@ -363,7 +359,7 @@ def main() -> None:
         one_run(kind, architecture, int(seed), json.loads(changes))
         return
     if options.quick:
-        options.images, options.epochs, options.architectures = 300, 8, at.STAND_IN
+        options.images, options.epochs, options.architectures = 300, 8, "tf_efficientnet_lite0"
     with tempfile.TemporaryDirectory() as folder:
         changes = dict(TRAIN_IMAGES=options.images, NUM_EPOCHS=options.epochs, DATA_DIR=folder,
                        OUTPUT_DIR=folder)

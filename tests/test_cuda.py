@@ -16,12 +16,12 @@ GPU = torch.device("cuda", 0)
 def test_an_update_does_not_wait_for_the_gpu(mixed):
     run, data = in_precision(run_of("resnet18", device=GPU), mixed), random_data(device="cuda")
     at.unfreeze(run, 2)
-    views = at.choose_views(torch.rand(20, len(at.RANDOM_NUMBERS)), True).pin_memory()
-    part = at.Part(20, data.split["train"], views)
+    part = at.deal_out(run, data, 0)[0]
     rates = [0.01] * len(run.groups)
 
     def update():
-        return at.apply_update(run, run.network, at.micro_batches(run, data, part), 20, rates)
+        batches = at.micro_batches(run, data, part)
+        return at.apply_update(run, run.network, batches, part.images, rates)
 
     update()
     torch.cuda.set_sync_debug_mode("error")

@@ -1,338 +1,232 @@
-"""Other people's folders: split folders by any name, links, sidecars, Unicode, stray images."""
+"""Other people's folders: parts by any name, links, stray files, spellings, closed doors."""
 
 import os
+import tempfile
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import CPU, quick_flags
+from conftest import call, class_pictures, command, quick_flags
 from PIL import Image
 
 import advanced_techniques as at
 
-
-def pictures(folder: Path, count: int = 3, start: int = 0) -> None:
-    """Distinct small images, number by number."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(start, start + count):
-        noise = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
-        Image.fromarray(noise).save(folder / f"{number}.png")
+NOBODY = 65534
+PETS = ["cat", "dog"]
 
 
-def data_set(root: Path, parts: tuple[str, ...], classes: tuple[str, ...] = ("cat", "dog")) -> Path:
-    for part in parts:
-        for name in classes:
-            pictures(root / part / name)
+def built(root: Path, *places: str, count: int = 3) -> Path:
+    """A folder with as many distinct pictures in each of the places below it."""
+    root.mkdir(parents=True, exist_ok=True)
+    for seed, place in enumerate(places):
+        class_pictures(root, {place: count}, 8, seed)
     return root
 
 
-def source_of(folder: Path) -> at.Source:
-    return at.image_folder(folder, 8, quick_flags())
+def parted(*parts: str) -> list[str]:
+    return [f"{part}/{name}" for part in parts for name in PETS]
 
 
-def refusal(folder: Path, capsys) -> str:
-    with pytest.raises(SystemExit) as stopped:
+def source_of(folder: Path, **changes) -> at.Source:
+    return at.image_folder(folder, quick_flags(**changes))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(at.Stop) as stopped:
         source_of(folder)
-    message = capsys.readouterr().err
-    assert stopped.value.code == 2 and message.count("\n") == 1 and "DATASET" in message
+    message = str(stopped.value)
+    assert message.startswith(f"DATASET = {folder}: ") and "\n" not in message
     return message
 
 
-# ---- split folders -------------------------------------------------------------------------------
+def snapshot(folder: Path) -> list[tuple]:
+    return sorted((path, path.lstat().st_mtime_ns) for path in (folder, *folder.rglob("*")))
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("Train", "Val", "Test"),
-        ("TRAIN", "VALIDATION", "TEST"),
-        ("train", "dev", "holdout"),
-        ("training", "valid", "Hold-Out"),
-        ("Training Set", "Validation Set", "Test Set"),
-        ("train_images", "val_images", "test"),
-        ("seg_train", "seg_val", "seg_test"),
-        ("train2017", "val2017", "test2017"),
-        ("01-Train", "02-Val", "03-Test"),
-        ("TrainData", "DevData", "TestData"),
-    ],
-)
-def test_the_usual_names_of_split_folders_are_known(names, tmp_path):
-    source = source_of(data_set(tmp_path / "pets", names))
-    assert source.classes == ["cat", "dog"]
-    for role in ("train", "validation", "test"):
-        assert (source.roles == role).sum() == 6
-    assert any(names[0] in notice and "trained on" in notice for notice in source.notices)
+@pytest.mark.parametrize("names", [
+    ("Train", "Val", "Test"), ("TRAIN", "VALIDATION", "TEST"), ("train", "dev", "holdout"),
+    ("training", "valid", "Hold-Out"), ("Training Set", "Validation Set", "Test Set"),
+    ("train_images", "val_images", "test"), ("seg_train", "seg_val", "seg_test"),
+    ("train2017", "val2017", "test2017"),
+    ("TrainData", "DevData", "TestData"), ("pets-train", "pets-dev-1", "my tests"),
+    ("Training", "", "Testing"), ("train", "", "eval"), ("train", "val", "")])
+def test_the_usual_names_of_parts_are_known(names, tmp_path):
+    role_of = dict(zip(names, ("train", "validation", "test"), strict=True))
+    role_of.pop("", None)
+    source = source_of(built(tmp_path / "pets", *parted(*role_of)))
+    assert source.classes == PETS and len(source.labels) == 6 * len(role_of)
+    assert [role_of[path.parts[-3]] for path in source.files] == source.roles.tolist()
+    assert any("What is missing" in line for line in source.notices) == (len(role_of) == 2)
 
 
-@pytest.mark.parametrize("names", [("Training", "Testing"), ("Train", "TEST"), ("train", "eval")])
-def test_a_part_that_is_missing_is_said(names, tmp_path):
-    source = source_of(data_set(tmp_path / "pets", names))
-    assert source.classes == ["cat", "dog"] and set(source.roles) == {"train", "test"}
-    assert any("set apart for validation" in notice for notice in source.notices)
+@pytest.mark.parametrize(("places", "wanted"), [
+    (["train", "test"], "hold no class folders"),
+    (["Train", "val", "test"], "hold no class folders"),
+    (["train/cat", "train/dog", "Training/cat", "test/cat"], "both be the train part"),
+    (["train/cat", "train/dog", "val/cat", "dev/cat"], "both be the validation part"),
+    (parted("A", "B"), "A/, B/"),
+    (parted("fold1", "fold2", "fold3"), "fold1/"),
+    (parted("val", "test"), "test/, val/"),
+    (parted("entrenamiento", "prueba"), "prueba/"),
+    (["train/cat", "train/dog", "extra/cat", "test/cat"], "extra/"),
+    (["train/cat", "train/dog", "prueba"], "prueba/")])
+def test_what_could_be_read_two_ways_is_asked_about(places, wanted, tmp_path):
+    assert wanted in refusal(built(tmp_path / "pets", *places))
 
 
-@pytest.mark.parametrize(
-    ("parts", "wanted"),
-    [
-        (("A", "B"), "A/, B/"),
-        (("fold1", "fold2", "fold3"), "fold1/"),
-        (("Val", "Test"), "Test/, Val/"),
-        (("entrenamiento", "prueba"), "entrenamiento/"),
-        (("train", "testing_things_more"), "train/"),
-        (("train", "val", "dev"), "validation"),
-        (("Train", "train", "test"), "train"),
-    ],
-)
-def test_folders_that_may_be_parts_or_classes_are_asked_about(parts, wanted, tmp_path, capsys):
-    folder = data_set(tmp_path / "pets", parts)
-    assert wanted in refusal(folder, capsys)
+@pytest.mark.parametrize("classes", [
+    ("train", "truck"), ("contest", "strain"), ("test tube", "train station"), ("dev-x", "val"),
+    ("car/images", "truck/images")])
+def test_classes_that_look_a_little_like_parts_stay_classes(classes, tmp_path):
+    source = source_of(built(tmp_path / "things", *classes))
+    assert source.classes == [Path(name).parts[0] for name in classes]
+    assert set(source.roles) == {""}
 
 
-def test_a_class_that_the_training_part_lacks_is_named(tmp_path, capsys):
-    folder = data_set(tmp_path / "pets", ("train", "test"))
-    pictures(folder / "test" / "unknown", 3, 50)
+@pytest.mark.parametrize("around", [
+    ["archive"], ["a/b"], ["pets/train", "pets/test"],
+    ["training_set/training_set", "test_set/test_set"]])
+def test_folders_around_others_are_looked_through(around, tmp_path):
+    source = source_of(built(tmp_path / "top", *parted(*around)))
+    assert source.classes == PETS
+    assert Counter(source.roles) == ({"": 6} if len(around) == 1 else {"train": 6, "test": 6})
+
+
+@pytest.mark.parametrize("places", [[], [""], ["cat"], ["train"], ["train/cat"], [".hidden", "cat"],
+                                    ["cat", "lost+found"]])
+def test_fewer_than_two_classes_are_refused(places, tmp_path):
+    assert "two class folders" in refusal(built(tmp_path / "pets", *places))
+
+
+@pytest.mark.parametrize("part", [".", "train"])
+@pytest.mark.parametrize("file", ["1.xml", ".1.png"])
+def test_a_class_folder_without_images_is_named(part, file, tmp_path):
+    folder = built(tmp_path / "pets", *parted(part))
+    (folder / part / "owl").mkdir()
+    (folder / part / "owl" / file).write_text("<a/>")
+    assert f"no images in {folder / part / 'owl'}" in refusal(folder)
+
+
+def test_hidden_and_system_files_are_left_out_in_silence(tmp_path):
+    folder = built(tmp_path / "pets", *PETS, "__MACOSX/cat", "cat/@eaDir", "dog/.ipynb_checkpoints")
+    for name in ("._0.png", ".DS_Store"):
+        (folder / "cat" / name).write_bytes(b"\0")
     source = source_of(folder)
-    with pytest.raises(SystemExit):
-        at.split(source, 0, 0, 0)
-    message = capsys.readouterr().err
-    assert "no folder unknown" in message and "TRAIN_IMAGES" not in message
+    assert source.classes == PETS and len(source.labels) == 6 and len(source.notices) == 1
 
 
-def test_parts_without_class_folders_are_no_classes(tmp_path, capsys):
-    for part in ("train", "test"):
-        pictures(tmp_path / "pets" / part)
-    message = refusal(tmp_path / "pets", capsys)
-    assert "train" in message and "class folders" in message
-
-
-@pytest.mark.parametrize(
-    "classes",
-    [("train", "truck"), ("strain", "contest"), ("test tube", "train station"), ("val", "dev-x")],
-)
-def test_classes_that_are_called_a_little_like_parts_stay_classes(classes, tmp_path):
-    source = source_of(data_set(tmp_path, ("things",), classes) / "things")
-    assert source.classes == sorted(classes) and set(source.roles) == {""}
-
-
-def test_classes_with_one_folder_each_of_the_same_name_stay_classes(tmp_path):
-    for name in ("cat", "dog"):
-        pictures(tmp_path / "pets" / name / "images")
-    assert source_of(tmp_path / "pets").classes == ["cat", "dog"]
-
-
-def test_a_folder_around_the_data_set_is_named(tmp_path, capsys):
-    data_set(tmp_path / "archive", ("pets",))
-    assert str(tmp_path / "archive" / "pets") in refusal(tmp_path / "archive", capsys)
-
-
-def test_what_archives_leave_behind_is_no_class(tmp_path):
-    folder = data_set(tmp_path / "pets", ("",))
-    pictures(folder / "__MACOSX" / "cat")
-    pictures(folder / "cat" / "@eaDir")
+def test_other_files_and_loose_images_are_told_in_one_line_each(tmp_path):
+    folder = built(tmp_path / "pets", *parted("train", "test"))
+    for number in range(4):
+        (folder / "train" / "cat" / f"{number}.txt").write_text("a caption")
+    (folder / "test" / "dog" / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0")
+    os.mkfifo(folder / "train" / "dog" / "pipe")
+    built(folder, "train", "test", "", "unlabelled/deep", count=2)
     source = source_of(folder)
-    assert source.classes == ["cat", "dog"] and len(source.labels) == 6
+    assert len(source.labels) == 12 and not any("\n" in line for line in source.notices)
+    assert any(line.startswith("6 files are no images") for line in source.notices)
+    assert any(line.startswith("8 images lie in no class folder") for line in source.notices)
 
 
-# ---- links ---------------------------------------------------------------------------------------
+def test_the_ending_alone_tells_what_is_an_image(tmp_path):
+    folder = built(tmp_path / "pets", *PETS)
+    for name in ("damaged.JPG", "phone.heic", "raw.CR2", "text.webp"):
+        (folder / "cat" / name).write_bytes(b"text")
+    Image.new("RGB", (9, 9)).save(folder / "dog" / "picture", "PNG")
+    (folder / "dog" / "film.mpg").write_bytes(b"text")
+    assert np.bincount(source_of(folder).labels).tolist() == [7, 3]
 
 
-def read_names(monkeypatch, folder: Path) -> list[tuple[str, str]]:
-    """The class and real path of each image that would be read."""
-    asked: list[Path] = []
-
-    def decode_all(paths, *_):
-        asked.extend(paths)
-        return None, {}
-
-    monkeypatch.setattr(at, "decode_all", decode_all)
+def found(folder: Path) -> Counter:
+    """How often each file, by its class and real path, would be read."""
     source = source_of(folder)
-    source.read(np.arange(len(source.labels)))
     classes = [source.classes[label] for label in source.labels]
-    return list(zip(classes, map(os.path.realpath, asked), strict=True))
+    return Counter(zip(classes, map(os.path.realpath, source.files), strict=True))
 
 
-def test_linked_folders_are_followed_each_once(tmp_path, monkeypatch):
-    folder = data_set(tmp_path / "pets", ("",))
-    pictures(tmp_path / "store" / "cats" / "deep", 4, 10)
-    pictures(tmp_path / "store" / "more", 2, 20)
-    (tmp_path / "store" / "cats" / "more").symlink_to(tmp_path / "store" / "more")
+def test_linked_folders_are_followed_once_each(tmp_path):
+    folder = built(tmp_path / "pets", *PETS)
+    store = built(tmp_path / "store", "cats/deep", "more", "secret", "owls")
+    (store / "cats" / "more").symlink_to(store / "more")
+    (store / "owls" / "up").symlink_to("..")
+    (folder / "owl").symlink_to(store / "owls")
     for name in ("linked", "linked again"):
-        (folder / "cat" / name).symlink_to(tmp_path / "store" / "cats")
-    found = read_names(monkeypatch, folder)
-    assert len(found) == len(set(found)) == 12
-    assert sum(name == "cat" for name, _ in found) == 9
+        (folder / "cat" / name).symlink_to(store / "cats")
+    seen = found(folder)
+    assert set(seen.values()) == {1} and not any("secret" in path for _, path in seen)
+    assert Counter(name for name, _ in seen) == dict(cat=9, dog=3, owl=3)
+    assert len(at.image_files(folder / "cat", set())[0]) == 9  # as --predict does
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "../dog", "../cat", "/"])
-def test_links_that_lead_back_bring_no_image_twice(target, tmp_path, monkeypatch):
-    folder = data_set(tmp_path / "pets", ("",))
-    pictures(tmp_path / "neighbour")
+def test_links_that_lead_back_bring_no_image_twice(target, tmp_path):
+    folder = built(tmp_path / "pets", *PETS)
+    built(tmp_path / "neighbour", "")
     (folder / "cat" / "loop").symlink_to(target)
-    found = read_names(monkeypatch, folder)
-    assert len(found) == 6
-    assert all(Path(path).parent.name == name for name, path in found)
-    assert any("Not followed: 1" in notice for notice in source_of(folder).notices)
-
-
-def test_a_link_to_the_data_set_itself_is_no_class(tmp_path):
-    folder = data_set(tmp_path / "pets", ("",))
     (folder / "all").symlink_to(".")
-    assert source_of(folder).classes == ["cat", "dog"]
+    seen = found(folder)
+    assert len(seen) == seen.total() == 6
+    assert all(Path(path).parent.name == name for name, path in seen)
 
 
-def test_loops_outside_and_class_folders_that_are_links(tmp_path, monkeypatch):
-    pictures(tmp_path / "store" / "cats")
-    (tmp_path / "store" / "cats" / "up").symlink_to("..")
-    pictures(tmp_path / "store" / "secret", 2, 50)
-    folder = data_set(tmp_path / "pets", ("",), ("dog",))
-    (folder / "cat").symlink_to(tmp_path / "store" / "cats")
-    found = read_names(monkeypatch, folder)
-    assert len(found) == 6 and not any("secret" in path for _, path in found)
-
-
-def test_two_classes_that_are_one_folder_are_refused(tmp_path, capsys):
-    folder = data_set(tmp_path / "pets", ("",))
-    (folder / "a kitten").symlink_to("cat")
-    message = refusal(folder, capsys)
-    assert "a kitten" in message and "Not followed" in message
-
-
-def test_predict_follows_links_too(tmp_path):
-    pictures(tmp_path / "store", 2)
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "linked").symlink_to(tmp_path / "store")
-    (tmp_path / "store" / "back").symlink_to(tmp_path / "new")
-    assert len(at.files_below(tmp_path / "new")) == 2
-
-
-# ---- files that are no images --------------------------------------------------------------------
-
-
-def test_sidecars_are_left_out_and_counted_by_kind_in_one_line(tmp_path):
-    folder = data_set(tmp_path / "pets", ("",))
-    for name in ("cat", "dog"):
-        for number in range(3):
-            (folder / name / f"{number}.txt").write_text("P5 a caption\n")
-            (folder / name / f"{number}.JSON").write_text("{}")
-        (folder / name / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0" * 100)
-        (folder / name / "empty").write_bytes(b"")
-    os.mkfifo(folder / "cat" / "pipe")
-    source = source_of(folder)
-    assert len(source.labels) == 6
-    (line,) = [notice for notice in source.notices if "no images" in notice]
-    for counted in ("6 .txt", "6 .json", "2 .db", "3 without an ending"):
-        assert counted in line
-    assert "\n" not in line
-    source.read(np.arange(6))  # nothing of it is decoded, so nothing stops here
-
-
-def test_images_under_strange_names_stay_images(tmp_path):
-    folder = data_set(tmp_path / "pets", ("",))
-    for number, name in enumerate(("no_ending", "picture.jpg_large", "picture.001")):
-        Image.new("RGB", (9, 9), (number, 0, 0)).save(folder / "cat" / name, "PNG")
-    (folder / "cat" / "damaged.jpg").write_bytes(b"text")
-    (folder / "cat" / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    assert len(source_of(folder).labels) == 6 + 5
-
-
-def test_a_class_of_sidecars_alone_is_refused(tmp_path, capsys):
-    folder = data_set(tmp_path / "pets", ("",))
-    (folder / "labels").mkdir()
-    (folder / "labels" / "1.xml").write_text("<a/>")
-    message = refusal(folder, capsys)
-    assert "labels" in message and "1 .xml" in message
-
-
-def test_unreadable_files_show_ten_and_go_to_a_file(tmp_path, capsys):
-    unreadable = {number: f"{number:03d}.png: damaged" for number in range(25)}
-    flags = quick_flags(OUTPUT_DIR=str(tmp_path / "out"))
-    with pytest.raises(SystemExit):
-        at.stop_at_unreadable(unreadable, flags)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 12 and "25 files" in lines[0] and "15 more" in lines[-1]
-    listed = (tmp_path / "out" / "unreadable_files.txt").read_text().splitlines()
-    assert listed == sorted(unreadable.values()) and str(tmp_path / "out") in lines[-1]
-    (tmp_path / "file").write_text("")
-    no_folder = quick_flags(OUTPUT_DIR=str(tmp_path / "file"))
-    assert "can't be written" in at.shown_unreadable(unreadable, no_folder)[-1]
-
-
-# ---- names and places ----------------------------------------------------------------------------
-
-
-def test_a_class_in_two_unicode_spellings_is_one(tmp_path):
-    names = ("café", "über", "a")
-    for part, form in (("train", "NFC"), ("val", "NFD"), ("test", "NFD")):
-        for name in names:
-            pictures(tmp_path / "pets" / part / unicodedata.normalize(form, name))
+@pytest.mark.parametrize("parts", [".", "train test"])
+def test_a_class_in_two_unicode_spellings_is_one(parts, tmp_path):
+    for part, form in zip((parts.split() * 2)[:2], ("NFD", "NFC"), strict=True):
+        for name in ("café", "über"):
+            built(tmp_path / "pets", f"{part}/{unicodedata.normalize(form, name)}")
     source = source_of(tmp_path / "pets")
-    assert source.classes == sorted(unicodedata.normalize("NFC", name) for name in names)
-    assert np.bincount(source.labels).tolist() == [9, 9, 9]
+    assert source.classes == ["café", "über"]
+    assert np.bincount(source.labels).tolist() == [6, 6]
 
 
-def test_two_spellings_beside_each_other_are_one_class(tmp_path):
-    for form in ("NFC", "NFD"):
-        pictures(tmp_path / "pets" / unicodedata.normalize(form, "café"))
-    pictures(tmp_path / "pets" / "dog")
-    assert np.bincount(source_of(tmp_path / "pets").labels).tolist() == [6, 3]
+def test_names_that_are_not_utf8_can_be_written(tmp_path):
+    source = source_of(built(tmp_path / os.fsdecode(b"B\xe4ume"), os.fsdecode(b"caf\xe9"), "dog"))
+    assert "\n".join([source.name, *source.classes, *source.notices]).encode("utf-8")
 
 
-def test_images_outside_class_folders_are_said(tmp_path):
-    folder = data_set(tmp_path / "pets", ("train", "val"))
-    pictures(folder / "test", 4)
-    pictures(folder / "train", 2)
-    pictures(folder / "unlabelled" / "deep", 5)
-    (folder / "labels.csv").write_text("")
-    said = "\n".join(source_of(folder).notices)
-    assert "2 images lie beside the class folders" in said
-    assert "4 images" in said and "test" in said and "5 images" in said and "unlabelled" in said
-    assert "set apart for test" in said and "labels.csv" not in said
+@pytest.mark.parametrize(("closed", "mode"), [
+    ("pets", 0), ("pets", 0o444), ("pets", 0o111), ("pets/dog", 0), ("pets/dog", 0o444),
+    ("pets/dog/puppies", 0), ("pets/dog/puppies", 0o444), ("pets/cat/001.png", 0)])
+def test_what_must_not_be_opened_is_named_in_a_sentence(closed, mode):
+    def read() -> None:
+        source = source_of(folder, OUTPUT_DIR=f"{place}/out")
+        source.read(np.arange(len(source.labels)))
+
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # pytest's own let nobody else in
+        os.chmod(place, 0o777)
+        folder = built(Path(place, "pets"), *PETS, "dog/puppies")
+        read()
+        os.chmod(Path(place, closed), mode)
+        try:
+            os.seteuid(user or NOBODY)  # root may open everything
+            with pytest.raises(at.Stop, match="DATASET") as stopped:
+                read()
+        finally:
+            os.seteuid(user)
+            os.chmod(Path(place, closed), 0o755)
+    assert closed in str(stopped.value) and "Permission denied" in str(stopped.value)
 
 
-def test_loose_images_beside_classes_are_said(tmp_path):
-    folder = data_set(tmp_path / "pets", ("",))
-    pictures(folder, 3)
-    assert any("3 images lie beside" in notice for notice in source_of(folder).notices)
+@pytest.mark.parametrize("memory", [0, 1])
+def test_nothing_is_written_into_the_folder(memory, tmp_path):
+    folder = built(tmp_path / "pets", *parted("train", "test"), count=12)
+    (folder / "test" / "dog" / "damaged.png").write_text("")
+    before = snapshot(folder)
+    at.load_data(at.Job(quick_flags(DATASET=str(folder), DATA_DIR=str(tmp_path / "data"),
+                                    SKIP_UNREADABLE=True, MEMORY_GB=memory)))
+    assert snapshot(folder) == before
 
 
-# ---- parts that lack something -------------------------------------------------------------------
-
-
-def plain_source(counts: dict[str, int]) -> at.Source:
-    labels = np.repeat(np.arange(len(counts)), list(counts.values()))
-    return at.Source("test", list(counts), labels, np.full(len(labels), ""), lambda chosen: None)
-
-
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("limit", [0, 20])
-def test_a_class_with_one_image_is_trained_on_whatever_the_seed(seed, limit):
-    source = plain_source({"cat": 60, "dog": 60, "owl": 1, "emu": 1})
-    parts = at.split(source, limit, 0, seed)
-    learned = source.labels[parts["train"]].tolist()
-    assert learned.count(2) == learned.count(3) == 1
-    assert len(parts["train"]) == (limit or 122 - len(parts["test"]) - len(parts["validation"]))
-    everyone = np.concatenate(list(parts.values()))
-    assert len(everyone) == len(set(everyone.tolist()))
-
-
-def test_what_no_part_has_is_said():
-    source = plain_source({"cat": 60, "dog": 60, "owl": 1})
-    parts = at.split(source, 20, 10, 0)
-    said = list(at.part_notices(source, torch.from_numpy(source.labels), parts))
-    used = sum(len(part) for part in parts.values())
-    # part_notices counts by the parts' indices, which are the source's own here
-    assert any(f"{121 - used:,} of 121 images are not used" in line for line in said)
-    assert any(line.startswith("No validation images of owl") for line in said)
-    assert any(line.startswith("No test images of owl") for line in said)
-    assert any("A single image to train on of owl" in line for line in said)
-
-
-# ---- images larger than what is seen -------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("size", "stored"), [(32, 37), (16, 18), (56, 64), (64, 64), (96, 64)])
-def test_images_are_shown_nearly_whole_below_their_stored_size(size, stored):
-    data, _ = at.load_data(quick_flags(DATASET="shapes", IMAGE_SIZE=size), CPU)
-    assert data.images.shape[-1] == stored and data.images.dtype == torch.uint8
+@pytest.mark.parametrize("flag", ["OUTPUT_DIR", "DATA_DIR"])
+@pytest.mark.parametrize("inside", ["pets", "pets/cat", "other/../pets/out", "link/x"])
+def test_what_is_written_never_lies_in_the_data_set(flag, inside, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(built(tmp_path / "pets", *PETS))
+    (tmp_path / "link").symlink_to("pets")
+    places = dict(OUTPUT_DIR="out", DATA_DIR="data") | {flag: inside}
+    ended = call(command(DATASET="pets", **places))
+    assert ended.code == 2 and ended.err.startswith(f"{flag} = {inside}: ")
+    assert snapshot(tmp_path / "pets") == before
