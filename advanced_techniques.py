@@ -2181,7 +2181,8 @@ def keep_together(parts: dict[str, np.ndarray], number: np.ndarray,
     kept = dict(parts)
     for early, late in (("train", "validation"), ("train", "test"), ("validation", "test")):
         copied = np.isin(number[kept[late]], number[kept[early]])
-        if late not in roles and copied.mean() <= 0.5 and (early == "train" or early not in roles):
+        enough = copied.mean() <= 0.5 and (~copied).sum() >= max(2, PROCESSES)
+        if late not in roles and enough and (early == "train" or early not in roles):
             kept[early] = np.concatenate([kept[early], kept[late][copied]])
             kept[late] = kept[late][~copied]
     return kept

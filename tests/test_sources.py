@@ -180,8 +180,8 @@ def test_a_refusal_costs_one_model_its_weights_and_says_whose(host, genuine, fau
 
 
 @pytest.mark.parametrize(("fault", "seconds", "said"), [
-    ("silence", 20, "timed out"), ("login page", 20, "not the hub"), ("nobody there", 20, ""),
-    ("offline", 20, "HF_HUB_OFFLINE"), ("silence midway", 60, ""), ("break midway", 60, "")])
+    ("silence", 8, "timed out"), ("login page", 8, "not the hub"), ("nobody there", 8, ""),
+    ("offline", 8, "HF_HUB_OFFLINE"), ("silence midway", 30, ""), ("break midway", 30, "")])
 def test_a_hub_out_of_reach_costs_seconds_for_all_models_together(host, fault, seconds, said,
                                                                   monkeypatch):
     host.fault = fault
@@ -388,7 +388,7 @@ def test_without_cifar10_auto_takes_what_is_here_and_says_why(sets, fault, said,
         assert notice.startswith("cifar10 can't be had (") and said in notice
         assert ("fashion_mnist can't be had (" in notice) == (name == "shapes")
         debian(tmp_path / "debian") if name == "shapes" else None
-    assert time.monotonic() - started < 40
+    assert time.monotonic() - started < 15
 
 
 def test_a_damaged_folder_is_healed_by_its_archive_or_told(sets, tmp_path):

@@ -34,14 +34,13 @@ def test_the_split_is_disjoint_stratified_and_the_same_for_all():
     for part in parts.values():
         shares = np.bincount(given.labels[part], minlength=3) / len(part)
         assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.06)
-    again, other = at.split(given, 0, 0, 7), at.split(given, 0, 0, 8)
-    assert all(np.array_equal(parts[role], again[role]) for role in parts)
-    assert not np.array_equal(parts["train"], other["train"])
+    again, other = (at.split(given, 0, 0, seed)["train"].tolist() for seed in (7, 8))
+    assert parts["train"].tolist() == again != other
 
 
 @pytest.mark.parametrize("limit", [0, 20])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_class_with_one_image_is_trained_on_whatever_the_seed(seed, limit):
+def test_a_class_with_one_image_is_trained_on(seed, limit):
     given = source(60, 60, 1, 1)
     parts = at.split(given, limit, 0, seed)
     learned = np.bincount(given.labels[parts["train"]], minlength=4)
@@ -63,23 +62,18 @@ def test_limits_and_roles_that_are_given_are_kept():
 @pytest.mark.parametrize(("images", "limit", "validation", "train"), [
     (60_000, 2_400, 1_000, 2_400), (60_000, 50_000, 5_000, 50_000), (60_000, 0, 5_000, 55_000),
     (2_900, 2_400, 500, 2_400),  # what is to spare
-    (2_500, 2_400, 300, 2_200),  # little to spare: an eighth of the training images
-    (3_600, 2_400, 720, 2_400),  # a fifth of the source
-    (60_000, 100, 50, 100)])  # half of the training images
+    (2_500, 2_400, 300, 2_200),  # an eighth of the training images
+    (3_600, 2_400, 720, 2_400), (60_000, 100, 50, 100)])
 def test_validation_is_large_enough_to_tell(images, limit, validation, train):
     given = source(images // 2 + 5, images // 2 + 5, role="train")
     given.roles[[*range(5), *range(-5, 0)]] = "test"
-    wanted = dict(test=10, validation=validation, train=train)
-    assert sizes(at.split(given, limit, 0, 0)) == wanted
+    parts = sizes(at.split(given, limit, 0, 0))
+    assert parts == dict(test=10, validation=validation, train=train)
 
 
-@pytest.mark.parametrize(("counts", "limit", "wanted"), [
-    ((3, 1), 0, "too few images"), ((3, 3), 0, "too few images"),
-    ((30, 30, 30), 2, "no image to train on of")])
-def test_too_few_images_stop_with_a_sentence(counts, limit, wanted):
-    with pytest.raises(at.Stop, match=wanted) as stopped:
-        at.split(source(*counts), limit, 0, 0)
-    assert stopped.value.code == 2 and str(stopped.value).startswith("DATASET test: ")
+def test_too_few_images_stop_with_a_sentence():
+    with pytest.raises(at.Stop, match="DATASET test: too few images"):
+        at.split(source(3, 1), 0, 0, 0)
 
 
 def test_a_class_that_the_training_part_lacks_is_named():
@@ -102,7 +96,7 @@ def test_what_the_parts_lack_is_said(tmp_path):
 
 
 def photo(seed: int, width: int = 120, height: int = 90) -> Image.Image:
-    """A picture with detail of every size, as photographs have."""
+    """A picture with detail of every size."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.zeros(1, 3, height, width)
     for cells in (3, 6, 12, 24, 48):
@@ -127,7 +121,6 @@ def copy(kind: str, seed: int, folder: Path) -> None:
 
 
 def photos(root: Path, *parts: str, count: int = 20) -> Path:
-    """Different pictures with labels that mean nothing."""
     folders = [root / part / name for part in parts for name in ("cat", "dog")]
     for place, folder in enumerate(folders):
         folder.mkdir(parents=True)
@@ -157,7 +150,7 @@ def test_copies_stay_in_one_part_where_the_split_is_ours(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_in_a_given_split_are_told_and_those_of_the_test_marked(kind, tmp_path):
+def test_copies_in_a_given_split_are_told_and_marked(kind, tmp_path):
     folder = photos(tmp_path / "pets", "train", "val", "test", count=12)
     for seed in range(7):
         copy(kind, seed, folder / "test" / "cat")
@@ -169,13 +162,12 @@ def test_copies_in_a_given_split_are_told_and_those_of_the_test_marked(kind, tmp
     assert all("copy" in name for name in marked)
     assert "7 test images are also in another part" in said
     assert "3 validation images are also in another part" in said
-    _, said = loaded(folder, HORIZONTAL_FLIP=False)
-    assert ("COPIES" in said) == (kind != "mirrored")
+    assert ("COPIES" in loaded(folder, HORIZONTAL_FLIP=False)[1]) == (kind != "mirrored")
 
 
 def test_different_pictures_are_no_copies_and_their_split_stays(tmp_path):
     data, said = loaded(photos(tmp_path / "pets", "."))
-    assert "COPIES" not in said and not data.copied.any()
+    assert "COPIES" not in said
     assert torch.equal(torch.cat(list(data.split.values())), torch.arange(40))
 
 
@@ -185,21 +177,23 @@ def test_a_picture_in_two_classes_is_told(tmp_path):
     assert "1 images lie in more than one class" in loaded(folder)[1]
 
 
-def numbers(images: torch.Tensor) -> np.ndarray:
-    return at.number_copies(images, {"train": np.arange(len(images))}, quick_flags())
+def different(images: torch.Tensor) -> int:
+    parts = dict(train=np.arange(len(images)))
+    return len(np.unique(at.number_copies(images, parts, quick_flags())))
 
 
-@pytest.mark.parametrize("kind", ["noise", "flat", "shapes", "ramps"])
+@pytest.mark.parametrize("kind", ["noise", "flat", "shapes", "ramps", "one layout"])
 def test_images_without_common_detail_are_no_copies(kind):
-    random = np.random.default_rng(0)
-    levels = torch.arange(240)[:, None, None, None]
-    images = {
-        "noise": lambda: torch.from_numpy(random.integers(0, 256, (240, 3, 36, 36), np.uint8)),
-        "flat": lambda: levels.byte().repeat(1, 3, 36, 36),
-        "shapes": lambda: torch.from_numpy(at.shapes(quick_flags()).read(np.arange(240))),
-        "ramps": lambda: (levels / 6 + torch.linspace(0, 200, 36)).byte().repeat(1, 3, 36, 1),
-    }[kind]()
-    assert len(np.unique(numbers(images))) == 240
+    noise = np.random.default_rng(0).integers(0, 256, (240, 3, 36, 36), np.uint8)
+    if kind == "shapes":
+        images = at.shapes(quick_flags()).read(np.arange(240))
+    elif kind == "noise":
+        images = noise
+    else:
+        ramp = np.linspace(0, dict(flat=0, ramps=15).get(kind, 200), 36)
+        added = noise // 7 if kind == "one layout" else np.arange(240)[:, None, None, None]
+        images = (noise * 0 + ramp + added).astype(np.uint8)
+    assert different(torch.from_numpy(images)) == 240
 
 
 def test_three_thousand_images_take_seconds():
@@ -207,11 +201,11 @@ def test_three_thousand_images_take_seconds():
     images = torch.from_numpy(pixels)
     images[2900:] = images[:100].flip(-1)
     started = time.process_time()
-    assert len(np.unique(numbers(images))) == 2900
+    assert different(images) == 2900
     assert time.process_time() - started < 15
 
 
-def test_a_fixed_camera_leaves_every_part_its_images_and_classes(tmp_path):
+def test_a_fixed_camera_leaves_every_part_its_classes(tmp_path):
     for name, level in (("empty", 20), ("parcel", 230)):
         (tmp_path / "belt" / name).mkdir(parents=True)
         for number in range(40):
@@ -224,7 +218,7 @@ def test_a_fixed_camera_leaves_every_part_its_images_and_classes(tmp_path):
         assert len(part) >= 8 and len(data.labels[part].unique()) == 2, role
 
 
-def test_the_results_have_the_accuracy_without_copies(tmp_path):
+def test_results_have_the_accuracy_without_copies(tmp_path):
     folder = photos(tmp_path / "pets", "train", "test")
     for seed in range(7):
         copy("encoded anew", seed, folder / "test" / "cat")
@@ -237,4 +231,12 @@ def test_the_results_have_the_accuracy_without_copies(tmp_path):
     right = [row["true_class"] == row["predicted_class"] for row in rows]
     results = json.loads((output / "results.json").read_text())["dataset"]
     assert len(rows) == 40 and results["without_copies"]["accuracy"] == sum(right) / 40
-    assert "Without test images that are also among the training" in ended.out
+    assert "Without test images that are also" in ended.out
+
+
+def test_no_part_is_left_with_a_single_image():
+    number = np.arange(10)
+    number[8] = number[0]
+    parts = dict(train=np.arange(6), validation=np.arange(6, 8), test=np.arange(8, 10))
+    kept = at.keep_together(parts, number, np.full(10, ""))
+    assert {role: len(part) for role, part in kept.items()} == dict(train=6, validation=2, test=2)
