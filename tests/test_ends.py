@@ -106,7 +106,7 @@ def test_an_output_folder_that_can_not_be_written_is_refused(place, small, tmp_p
 
 @contextlib.contextmanager
 def no_large_file(_: Path):
-    """No file may grow beyond a megabyte: a call that would, fails as on a full disk."""
+    """No file may grow beyond a megabyte."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
     try:
@@ -117,7 +117,7 @@ def no_large_file(_: Path):
 
 @contextlib.contextmanager
 def small_disk(folder: Path):
-    """A disk in memory that has room for a finished run and half a checkpoint."""
+    """Room for a finished run and half a checkpoint."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "none", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:

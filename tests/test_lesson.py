@@ -248,10 +248,10 @@ def test_earlier_groups_learn_more_slowly_and_random_weights_all_alike(decay):
 
 
 def test_one_optimiser_drives_every_parameter_for_life_at_the_rates_of_the_function():
-    run = run_of("test_resnet", NUM_EPOCHS=4, LAYER_RATE_DECAY=0.25, BASE_LEARNING_RATE=0.02)
+    run = run_of("test_resnet", NUM_EPOCHS=8, LAYER_RATE_DECAY=0.25, BASE_LEARNING_RATE=0.02)
     data, optimizer, steps = random_data(), run.optimizer, []
     last = run.groups["layer4"][0]
-    for epoch in range(4):  # of two updates: 20 images in updates of at most 16
+    for epoch in range(8):  # of two updates: 20 images in updates of at most 16
         entry = at.train_epoch(run, data, epoch)
         for group in optimizer.param_groups:
             assert group["lr"] == at.learning_rate(epoch * 2 + 1, group["layer"], 2, run)
@@ -260,9 +260,9 @@ def test_one_optimiser_drives_every_parameter_for_life_at_the_rates_of_the_funct
         assert sorted(map(id, held)) == sorted(map(id, run.network.parameters()))
         assert run.optimizer is optimizer
         steps.append(int(optimizer.state[last]["step"]) if last in optimizer.state else 0)
-    assert steps == [0, 2, 4, 6]  # its averages go on through the stages
-    shares = [at.learning_rate(6, layer, 2, run) for layer in range(3)]
-    assert shares == pytest.approx([0.02, 0.005, 0.00125])
+    assert steps == [0, 0, 2, 4, 6, 8, 10, 12]  # its averages go on through the stages
+    peaks = [at.learning_rate(12, layer, 2, run) for layer in range(3)]
+    assert peaks == pytest.approx([0.02, 0.005, 0.00125])
 
 
 # ---- Layer groups and gradual unfreezing ---------------------------------------------------------

@@ -185,6 +185,7 @@ class Headed(nn.Module):
         self.stem = nn.Conv2d(3, 6, 5, stride=4)
         self.classifier = nn.Sequential(nn.SiLU(inplace=in_place), nn.Linear(6, 4))
         self.other = nn.Linear(6, 4)
+        self.drop = nn.Dropout(0.5)
         self.second, self.late = second, late
 
     def get_classifier(self) -> nn.Module:
@@ -194,7 +195,7 @@ class Headed(nn.Module):
         features = self.stem(images)
         if self.late:  # a map of answers, which are averaged behind the head
             return self.classifier(features.permute(0, 2, 3, 1)).mean((1, 2))
-        pooled = features.mean((2, 3))
+        pooled = self.drop(features.mean((2, 3)))
         answers = self.second * self.other(pooled)
         return answers + self.classifier(pooled)
 
@@ -211,7 +212,15 @@ def test_a_head_that_is_not_all_there_is_behind_the_features_learns_from_images(
     data = random_data()
     network.other.requires_grad_(False)
     before = network.classifier[1].weight.clone()
-    trained(run, data, range(2))
+    at.train_epoch(run, data, 0)
+    assert all(module.training for module in network.classifier.modules())
+    trained(run, data, range(1, 2))
     assert bool(run.kept) == keeps and not torch.equal(before, network.classifier[1].weight)
     whole = at.predict(run, data, "validation", [{}])[0]
     torch.testing.assert_close(at.validate(run, data), whole, rtol=0, atol=1e-5)
+    if keeps:  # as the frozen part answers when it isn't in training: nothing is dropped
+        plan = at.plan_epoch(run, data, 1)
+        views = torch.cat([part.views for part in plan])
+        features = network.stem(at.augment(data.images[order_of(plan)], views, run)).mean((2, 3))
+        torch.testing.assert_close(run.kept[1], features, rtol=0, atol=1e-5)
+

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import SCRIPT, Ended, class_pictures, command, launch
+from conftest import SCRIPT, Ended, class_pictures, command, launch, random_data, tiny_run
+
+import advanced_techniques as at
 
 ONE_THREAD = os.environ | dict(OMP_NUM_THREADS="1")
 
@@ -28,10 +30,10 @@ def arguments(tmp_path_factory) -> list[str]:
                    TRAIN_IMAGES=81, TEST_IMAGES=21, DATA_DIR=root)
 
 
-def together(arguments: list[str], timeout: float = 200) -> Ended:
+def together(arguments: list[str], timeout: float = 200, script: Path = SCRIPT) -> Ended:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                 "--standalone"]
-    ended = subprocess.run([*torchrun, str(SCRIPT), *arguments], capture_output=True, text=True,
+    ended = subprocess.run([*torchrun, str(script), *arguments], capture_output=True, text=True,
                            timeout=timeout, env=ONE_THREAD, check=False)
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
@@ -44,7 +46,7 @@ def outcome(folder: Path) -> tuple[dict, dict]:
 def test_two_processes_end_in_the_numbers_of_one(arguments, tmp_path):
     # Some variables of torchrun, as notebooks leave them behind, make one process wait for none.
     alone = launch([*arguments, "--output-dir", str(tmp_path / "one")],
-                   ONE_THREAD | dict(WORLD_SIZE="2", RANK="1"))
+                   ONE_THREAD | dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="localhost"))
     both = together([*arguments, "--output-dir", str(tmp_path / "two")])
     for ended in (alone, both):
         assert ended.code == 0, ended.err[-2000:]
@@ -79,13 +81,24 @@ def test_a_stop_in_one_process_ends_both(arguments, tmp_path):
     assert 'File "' + str(SCRIPT) not in ended.err
 
 
+def epoch_by_plain_descent() -> dict[str, torch.Tensor]:
+    """Weights after an epoch in which, unlike under Adam, the gradients' size counts."""
+    run = tiny_run(LABEL_SMOOTHING=0.0)
+    groups = [dict(params=group["params"], layer=group["layer"])
+              for group in run.optimizer.param_groups]
+    run.optimizer = torch.optim.SGD(groups, lr=0.1)
+    at.train_epoch(run, random_data(41), 0)
+    return run.network.state_dict()
+
+
 EPOCH_OF_TWO = """
 import sys
-sys.path[:0] = sys.argv[1:]
+sys.path[:0] = sys.argv[1:3]
 import torch
-from conftest import random_data, run_of
-import advanced_techniques as at
+from conftest import run_of
+from test_processes import at, epoch_by_plain_descent, random_data
 at.meet_processes(torch.device("cpu"))
+torch.save(epoch_by_plain_descent(), sys.argv[3] + str(at.RANK))
 run = run_of("test_resnet", GRADUAL_UNFREEZING=False)
 fresh = run.network.bn1.running_mean.clone()
 at.train_epoch(run, random_data(41), 0)
@@ -99,9 +112,11 @@ assert not torch.equal(run.network.bn1.running_mean, fresh)
 
 def test_processes_end_an_epoch_with_one_network_batch_statistics_included(tmp_path):
     (tmp_path / "epoch.py").write_text(EPOCH_OF_TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--standalone", str(tmp_path / "epoch.py"), str(SCRIPT.parent),
-               str(Path(__file__).parent)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, env=ONE_THREAD,
-                           check=False)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    places = [SCRIPT.parent, Path(__file__).parent, tmp_path / "weights"]
+    ended = together(list(map(str, places)), script=tmp_path / "epoch.py")
+    assert ended.code == 0, ended.err[-2000:]
+    wanted = epoch_by_plain_descent()
+    for rank in "01":
+        weights = torch.load(f"{places[2]}{rank}")
+        for key, value in wanted.items():
+            torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-6)

@@ -34,7 +34,7 @@ def work(arguments: list[str], output: Path) -> None:
 
 @pytest.fixture(scope="module")
 def server():
-    """A process that has imported the script, which takes seconds, and forks one for each run."""
+    """A process that has imported the script, which takes seconds, and forks runs."""
     kept = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
     os.environ |= dict(OMP_NUM_THREADS="1", PYTHONPATH=str(SCRIPT.parent))
     context = multiprocessing.get_context("forkserver")
@@ -256,7 +256,7 @@ def test_without_resume_an_old_checkpoint_is_told_of_before_it_is_overwritten(ar
 
 
 @pytest.mark.parametrize("precision", [torch.float16, None])
-def test_half_a_micro_batch_and_the_loss_scale_survive(precision, tmp_path):
+def test_half_a_micro_batch_loss_scale_and_dropout_survive(precision, tmp_path):
     flags = dict(NUM_EPOCHS=4, OUTPUT_DIR=str(tmp_path), RESUME=True, GRADUAL_UNFREEZING=False)
     run, data = run_of("test_resnet", **flags), random_data()
     run.precision, run.scaler = precision, at.make_scaler(run.device, precision)
@@ -268,6 +268,7 @@ def test_half_a_micro_batch_and_the_loss_scale_survive(precision, tmp_path):
     at.save_checkpoint(run, data)
     fresh = run_of("test_resnet", **flags)
     fresh.precision, fresh.scaler = precision, at.make_scaler(run.device, precision)
+    fresh.network.drop_rate = run.network.drop_rate = 0.5
     assert at.resume(fresh, data) is None
     assert (fresh.micro_batch, fresh.scaler.get_scale()) == (3, scale)
     first, second = (at.train_epoch(one, data, 1) for one in (run, fresh))
