@@ -283,12 +283,10 @@ def by_resolution(blocks: list[list[str]], network: nn.Module) -> list[list[str]
         new = any(name.startswith(ends) for name in names)
     if len(groups) >= FEWEST_GROUPS:
         return groups
-    quarters: list[list[str]] = []
+    quarters: list[list[str]] = [[] for _ in range(FEWEST_GROUPS)]
     for place, names in enumerate(blocks):
-        if place * FEWEST_GROUPS // len(blocks) == len(quarters):
-            quarters.append([])
-        quarters[-1] += names
-    return quarters
+        quarters[place * FEWEST_GROUPS // len(blocks)] += names
+    return list(filter(None, quarters))
 
 
 # ==== 2 Gradual unfreezing ========================================================================
@@ -915,22 +913,18 @@ def within_memory(work: Callable[[], Any], run: Run) -> Any:
         except (RuntimeError, MemoryError) as error:
             if not ran_out_of_memory(error):
                 raise
-        halve_micro_batch(run)  # outside "except", whose traceback would hold the tensors
-
-
-def halve_micro_batch(run: Run) -> None:
-    """Halve it after memory ran out, and say so; stop where it can't be halved."""
-    size = run.micro_batch
-    if size == 1 or PROCESSES > 1:  # the other processes couldn't know
-        raise Stop(f"{run.name}: memory ran out with {size} images in a micro-batch. Halve "
-                   "BATCH_SIZE and double GRADIENT_ACCUMULATION_STEPS, lower IMAGE_SIZE, or choose "
-                   "a smaller model with --architectures.")
-    run.micro_batch = (size + 1) // 2
-    run.network.zero_grad(set_to_none=True)
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-    say(f"  {run.name}: memory ran out; going on with micro-batches of {run.micro_batch} instead "
-        f"of {size} images.")
+        # Outside "except", whose traceback would hold the tensors
+        size = run.micro_batch
+        if size == 1 or PROCESSES > 1:  # the other processes couldn't know
+            raise Stop(f"{run.name}: memory ran out with {size} images in a micro-batch. Halve "
+                       "BATCH_SIZE and double GRADIENT_ACCUMULATION_STEPS, lower IMAGE_SIZE, or "
+                       "choose a smaller model with --architectures.")
+        run.micro_batch = (size + 1) // 2
+        run.network.zero_grad(set_to_none=True)
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        say(f"  {run.name}: memory ran out; going on with micro-batches of {run.micro_batch} "
+            f"instead of {size} images.")
 
 
 def stop_if_not_finite(run: Run, epoch: int, skipped: list[bool]) -> int:
@@ -1436,9 +1430,7 @@ def check_networks(flags: SimpleNamespace) -> None:
             with torch.device("meta"):
                 network = new_network(name, 2, flags)
                 layer_groups(network)
-                answer = network.train()(torch.zeros(flags.BATCH_SIZE, 3, size, size))
-            if answer.shape != (flags.BATCH_SIZE, 2):
-                raise ValueError("it answers with more than a number for each class")
+                network.train()(torch.zeros(flags.BATCH_SIZE, 3, size, size))
         except NotImplementedError:
             continue  # a layer that the meta device lacks: the real device will tell
         except Exception as error:  # timm's networks refuse in many ways
@@ -1478,7 +1470,6 @@ class Data:
     split: dict[str, Tensor]  # "train", "validation", "test": int64 indices into images
     fingerprint: int = 0  # tells these images, labels and this split from others
     names: list[str] = field(default_factory=list)  # of each image: its file, or its place
-    copied: Tensor | None = None  # bool, which test images are also learned from
     scale: list[float] = field(default_factory=list)  # black and white of more than 8 bits
 
     def fetch(self, batch: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -1512,12 +1503,9 @@ def load_data(job: Job) -> Data:
     check_parts(source, labels, parts)
     origins = source.files or range(len(source.labels))
     names = [printable(origins[place]) for place in everything]
-    copied = None
     if source.files:
         number = number_copies(images, parts, flags)
         parts = keep_together(parts, number, source.roles)
-        seen = np.concatenate([parts["train"], parts["validation"]])
-        copied = torch.from_numpy(np.isin(number[parts["test"]], number[seen]))
         source.notices += copy_notices(parts, number, labels, names)
     source.notices += part_notices(source, labels, parts, flags)
 
@@ -1532,7 +1520,7 @@ def load_data(job: Job) -> Data:
     say(*source.notices)
     job.notices += source.notices
     return Data(source.name, source.classes, images, labels.to(images.device), places, fingerprint,
-                names, copied, source.scale)
+                names, source.scale)
 
 
 def stored_side(flags: SimpleNamespace) -> int:
@@ -1590,22 +1578,18 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 def fashion_mnist(flags: SimpleNamespace) -> Source:
     """Fashion-MNIST (Xiao et al., 2017): Debian's copy (dataset-fashion-mnist), or a download."""
     kind = torchvision.datasets.FashionMNIST
-    if DEBIAN_FASHION_MNIST.is_dir():
-        parts = [idx_file("train-images-idx3", 16), idx_file("t10k-images-idx3", 16)]
-        labels = [idx_file("train-labels-idx1", 8), idx_file("t10k-labels-idx1", 8)]
-    else:
-        sets = [kind(flags.DATA_DIR, train, download=True) for train in (True, False)]
-        parts = [part.data.numpy() for part in sets]
-        labels = [part.targets.numpy() for part in sets]
-    images = np.concatenate([part.reshape(-1, 1, 28, 28) for part in parts])
+    folder = DEBIAN_FASHION_MNIST
+    if not folder.is_dir():
+        folder = Path(kind(flags.DATA_DIR, download=True).raw_folder)
+    parts = []
+    for name, header in (("images-idx3", 16), ("labels-idx1", 8)):
+        for role in ("train", "t10k"):
+            packed = (folder / f"{role}-{name}-ubyte.gz").read_bytes()
+            parts.append(np.frombuffer(gzip.decompress(packed), np.uint8, offset=header))
+    images = np.concatenate(parts[:2]).reshape(-1, 1, 28, 28)
     images = np.broadcast_to(images, (len(images), 3, 28, 28))
-    return published("Fashion-MNIST", kind.classes, images, np.concatenate(labels), len(labels[1]))
-
-
-def idx_file(name: str, header: int) -> np.ndarray:
-    """What one of Debian's files holds behind its header: uint8. gzip knows its checksum."""
-    content = gzip.decompress((DEBIAN_FASHION_MNIST / f"{name}-ubyte.gz").read_bytes())
-    return np.frombuffer(content, np.uint8, offset=header)
+    return published("Fashion-MNIST", kind.classes, images, np.concatenate(parts[2:]),
+                     len(parts[3]))
 
 
 def published(name: str, classes: list[str], images: np.ndarray, labels: np.ndarray,
@@ -1786,30 +1770,25 @@ def parts_of(folder: Path) -> dict[str, Path]:
     if "train" not in parts:
         parts = {"": folder}
     others = [place for place in folders_in(folder) if place not in parts.values()]
-    odd = what_is_odd(parts, others)
-    if odd:
+    if may_be_parts(others, parts):
         names = ", ".join(f"{place.name}/" for place in others[:9])
-        raise Stop(f"DATASET = {folder}: {names} {odd}. If they are parts, call them train/, val/ "
-                   "and test/, with the class folders in each; if they are classes, call none of "
-                   "them train, and put the images straight into them.")
+        raise Stop(f"DATASET = {folder}: {names} may be parts of a split, or classes. If they are "
+                   "parts, call them train/, val/ and test/, with the class folders in each; if "
+                   "they are classes, call none of them train, and put the images straight into "
+                   "them.")
     return parts
 
 
-def what_is_odd(parts: dict[str, Path], others: list[Path]) -> str:
-    """Why folders beside the parts, or all where there are none, may be parts themselves, or ""."""
+def may_be_parts(others: list[Path], parts: dict[str, Path]) -> bool:
+    """Whether folders beside the parts, or all where there are none, may be parts themselves."""
     inner = list(map(names_in, others))
     if "train" in parts:
         classes = names_in(looked_through(parts["train"]))
-        pictures = [place for place in others if image_files(place, set())[0]]
-        if any(names & classes for names in inner) or (len(parts) == 1 and pictures):
-            return "lie beside a training part, and may be parts too"
-        return ""
-    if len(inner) > 1 and len(set.intersection(*inner)) > 1:
-        return "hold folders of the same names, like the parts of a split"
+        pictures = len(parts) == 1 and any(image_files(place, set())[0] for place in others)
+        return pictures or any(names & classes for names in inner)
     roles = [place for place in others if place.name.lower() in sum(ROLE_WORDS.values(), ())]
-    if len(roles) > 1 and not any(inner):
-        return "are called like the parts of a split, but hold no class folders"
-    return ""
+    alike = len(inner) > 1 and len(set.intersection(*inner)) > 1
+    return alike or (len(roles) > 1 and not any(inner))
 
 
 def role_of(name: str) -> str:
@@ -1850,13 +1829,13 @@ def image_files(folder: Path, entered: set[str],
     images: list[Path] = []
     others: list[Path] = []
 
+    entered.update(map(str, Path(os.path.realpath(folder)).parents))  # where links may lead back
+
     def enter(path: Path) -> bool:
         real = os.path.realpath(path)
-        leads_back = Path(os.path.realpath(path.parent)).is_relative_to(real)
-        if not deep or is_hidden(path.name) or real in entered or leads_back:
-            return False
+        new = deep and not is_hidden(path.name) and real not in entered
         entered.add(real)
-        return True
+        return new
 
     def refuse(error: OSError) -> None:
         raise error
@@ -1989,8 +1968,6 @@ def why_unreadable(path: Path, error: Exception) -> str:
     """Why an image file can't be read, and what to do where that is known."""
     if path.suffix.lower() in (".heic", ".heif"):
         return "a HEIC picture, as iPhones take them. Save it as JPEG"
-    if os.path.isfile(path) and not os.path.getsize(path):
-        return "the file is empty"
     if isinstance(error, Image.DecompressionBombError):
         return "more pixels than are read. Save it smaller, or cut it into parts"
     return reason(error).removesuffix(f" {str(path)!r}")
@@ -2084,6 +2061,7 @@ def with_every_class(order: np.ndarray, limit: int, labels: np.ndarray) -> np.nd
         return order[:limit]
     others = np.delete(np.arange(len(order)), needed)[: limit - len(needed)]
     return order[np.sort(np.concatenate([needed, others]))]
+
 
 def check_parts(source: Source, labels: np.ndarray | Tensor,
                 parts: dict[str, np.ndarray]) -> None:
@@ -2445,29 +2423,38 @@ def judge(probabilities: Tensor, labels: Tensor, prefix: str = "") -> dict[str, 
     }
 
 
-def paired_gain(first: Tensor, second: Tensor, labels: Tensor, prefix: str = "") -> dict[str, Any]:
+def paired_gain(first: Tensor, second: Tensor, labels: Tensor) -> tuple[float, list[float]]:
     """By how much the first probabilities are right more often than the second on the same images.
 
-    Both are [n, classes]. With the gain come its 95 % bootstrap interval over images (Efron, 1979)
-    and the probability that mere chance splits so unevenly the images where one alone is right
-    (McNemar's exact test, 1947).
+    Both are [n, classes]. With the gain comes its 95 % interval over images.
     """
-    first_right = is_right(first, labels)
-    second_right = is_right(second, labels)
-    won = (first_right & ~second_right).sum().item()
-    lost = (second_right & ~first_right).sum().item()
-    # Only images that are won or lost matter. Drawing n images with replacement, and counting how
-    # often each kind comes, is one multinomial draw; the bootstrap does it 10,000 times.
-    count = len(labels)
-    shares = [won / count, lost / count, 1 - (won + lost) / count]
-    draws = np.random.default_rng(0).multinomial(count, shares, 10_000)
-    gains = (draws[:, 0] - draws[:, 1]) / count
-    splits = sum(math.comb(won + lost, heads) for heads in range(min(won, lost) + 1))
-    return {
-        f"{prefix}gain": (won - lost) / count,
-        f"{prefix}gain_interval": np.quantile(gains, [0.025, 0.975]).tolist(),
-        f"{prefix}gain_chance": min(1.0, 2 * splits / 2 ** (won + lost)),
-    }
+    won = is_right(first, labels).double() - is_right(second, labels).double()
+    return crossed_interval(won[None].numpy())
+
+
+def crossed_interval(differences: np.ndarray) -> tuple[float, list[float]]:
+    """The mean of paired differences [seeds, images], each -1, 0 or 1, and its 95 % interval.
+
+    Seeds and test images are two samples, and another draw of either would move the mean: its
+    variance is about the sum of the variances of the seeds' means and of the images' means.
+    Student's t has the degrees of freedom of Satterthwaite (1946), two at least with three seeds.
+    A single seed tells nothing of other seeds.
+    """
+    change = float(differences.mean())
+    mean_of_seed = differences.mean(1)
+    mean_of_image = differences.mean(0)
+    samples = [means for means in (mean_of_seed, mean_of_image) if len(means) > 1]
+    variances = [means.var(ddof=1) / len(means) for means in samples]
+    variance = sum(variances)
+    if variance == 0:
+        if change:  # a few images that all changed alike tell nothing of how others vary
+            return change, [-1.0, 1.0]
+        return change, [change, change]
+    terms = [part**2 / (len(means) - 1) for part, means in zip(variances, samples, strict=True)]
+    freedom = variance**2 / sum(terms)
+    draws = np.random.default_rng(0).standard_t(freedom, 1_000_000)  # NumPy has no quantiles of t
+    half = float(np.quantile(draws, 0.975) * math.sqrt(variance))
+    return change, [change - half, change + half]
 
 
 def best_on_validation(tested: list[Tested]) -> Tested:
@@ -2485,8 +2472,8 @@ def describe_vote(tested: list[Tested], data: Data) -> dict[str, Any]:
     best = best_on_validation(tested)
     plain = soft_vote(one.plain for one in tested)
     averaged = soft_vote(one.averaged for one in tested)
-    gain = paired_gain(plain, best.plain, labels)
-    tta_gain = paired_gain(averaged, best.averaged, labels)
+    gain, interval = paired_gain(plain, best.plain, labels)
+    tta_gain, tta_interval = paired_gain(averaged, best.averaged, labels)
     predicted = torch.stack([one.plain.argmax(1) for one in tested])  # [models, n]
     validation = soft_vote(one.validation for one in tested)
     _, accuracy = score(validation, data.truth("validation"))
@@ -2495,9 +2482,8 @@ def describe_vote(tested: list[Tested], data: Data) -> dict[str, Any]:
         parameters=sum(one.entry["parameters"] for one in tested), train_accuracy=None,
         validation_accuracy=accuracy,
         **judge(plain, labels, "test_"), **judge(averaged, labels, "tta_"),
-        gain_over_best=gain["gain"], gain_interval=gain["gain_interval"],
-        gain_chance=gain["gain_chance"], tta_gain_over_best=tta_gain["gain"],
-        tta_gain_interval=tta_gain["gain_interval"], tta_gain_chance=tta_gain["gain_chance"],
+        gain_over_best=gain, gain_interval=interval,
+        tta_gain_over_best=tta_gain, tta_gain_interval=tta_interval,
         disagreement=(predicted != predicted[0]).any(0).double().mean().item(),
         **calibrate(validation, averaged, data))
     return entry | dict(accuracy=entry["test_accuracy"])
@@ -2571,17 +2557,9 @@ def by_class(probabilities: Tensor, labels: Tensor, classes: list[str]) -> list[
 
 
 def over_classes(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures in which each class counts alike, however rare: the mean recall and the mean F1.
-
-    With the recall's 95 % interval, put together from the classes' own (Zou and Donner, 2008).
-    """
+    """Figures in which each class counts alike, however rare: the mean recall and the mean F1."""
     tested = [entry for entry in entries if entry["images"]]
-    recalls = np.array([entry["recall"] for entry in tested])
-    low, high = np.array([entry["recall_interval"] for entry in tested]).T
-    balanced = float(recalls.mean())
-    below = float(np.linalg.norm(recalls - low)) / len(tested)
-    above = float(np.linalg.norm(high - recalls)) / len(tested)
-    return dict(balanced_accuracy=balanced, balanced_interval=[balanced - below, balanced + above],
+    return dict(balanced_accuracy=float(np.mean([entry["recall"] for entry in tested])),
                 macro_f1=float(np.mean([entry["f1"] for entry in tested])))
 
 
@@ -2715,31 +2693,6 @@ def ledger_row(technique: str, on: list[dict[str, Any]], off: list[dict[str, Any
         known = all(with_it + without)
         row[f"{cost}_ratio"] = float(np.mean(with_it) / np.mean(without)) if known else None
     return row
-
-
-def crossed_interval(differences: np.ndarray) -> tuple[float, list[float]]:
-    """The mean of paired differences [seeds, images], each -1, 0 or 1, and its 95 % interval.
-
-    Seeds and test images are two samples, and another draw of either would move the mean: its
-    variance is about the sum of the variances of the seeds' means and of the images' means.
-    Student's t has the degrees of freedom of Satterthwaite (1946), two at least with three seeds.
-    A single seed tells nothing of other seeds.
-    """
-    change = float(differences.mean())
-    mean_of_seed = differences.mean(1)
-    mean_of_image = differences.mean(0)
-    samples = [means for means in (mean_of_seed, mean_of_image) if len(means) > 1]
-    variances = [means.var(ddof=1) / len(means) for means in samples]
-    variance = sum(variances)
-    if variance == 0:
-        if change:  # a few images that all changed alike tell nothing of how others vary
-            return change, [-1.0, 1.0]
-        return change, [change, change]
-    terms = [part**2 / (len(means) - 1) for part, means in zip(variances, samples, strict=True)]
-    freedom = variance**2 / sum(terms)
-    draws = np.random.default_rng(0).standard_t(freedom, 1_000_000)  # NumPy has no quantiles of t
-    half = float(np.quantile(draws, 0.975) * math.sqrt(variance))
-    return change, [change - half, change + half]
 
 
 # ==== Speed: and memory, measured in every run ====================================================
@@ -2880,9 +2833,7 @@ def collect_results(job: Job, final: Tensor) -> dict[str, Any]:
     answering = best_on_validation(tested).entry
     if job.flags.USE_ENSEMBLE and len(tested) > 1:
         ensemble = answering = describe_vote(tested, data)
-    labels = data.truth("test")
-    classes = by_class(final, labels, data.classes)
-    own = torch.ones(len(labels), dtype=torch.bool) if data.copied is None else ~data.copied
+    classes = by_class(final, data.truth("test"), data.classes)
     device = f"{platform.machine()}, {os.cpu_count()} cores"
     backend = getattr(torch, job.device.type)  # torch.cuda, torch.xpu, torch.cpu, ...
     if hasattr(backend, "get_device_name"):
@@ -2895,8 +2846,7 @@ def collect_results(job: Job, final: Tensor) -> dict[str, Any]:
         dataset=dict(
             {f"{role}_images": len(part) for role, part in data.split.items()},
             name=data.name, classes=data.classes,
-            train_images_by_class=data.truth("train").bincount(minlength=len(classes)).tolist(),
-            without_copies=judge(final[own], labels[own]) if 0 < own.sum() < len(own) else None),
+            train_images_by_class=data.truth("train").bincount(minlength=len(classes)).tolist()),
         notices=job.notices,
         models=[one.entry for one in tested],
         ensemble=ensemble,
@@ -2925,8 +2875,9 @@ def describe_model(run: Run, data: Data, tested: Tested, seconds: float) -> dict
         tta_seconds=seconds, epochs=run.epochs, tta_accuracy=None, temperature=None,
         **judge(tested.plain, labels, "test_"))
     if run.flags.USE_TTA:
+        gain, interval = paired_gain(tested.averaged, tested.plain, labels)
         entry |= judge(tested.averaged, labels, "tta_")
-        entry |= paired_gain(tested.averaged, tested.plain, labels, "tta_")
+        entry |= dict(tta_gain=gain, tta_gain_interval=interval)
     return entry
 
 
@@ -3054,20 +3005,15 @@ def accuracy_section(results: dict[str, Any]) -> Body:
                      "95 % interval": span(model[f"{prefix}interval"]),
                      "seconds": f"{model['seconds']:.0f}"})
         if "tta_gain" in model:
-            said.append(f"{shown_name(model)}: TTA gains "
-                        f"{points(model['tta_gain'], model['tta_gain_interval'])} points, "
-                        f"McNemar's p = {model['tta_gain_chance']:.2g}.")
+            gain = points(model["tta_gain"], model["tta_gain_interval"])
+            said.append(f"{shown_name(model)}: TTA gains {gain} points.")
     vote = results["ensemble"]
     if vote["accuracy"] is not None:
         gain = points(vote["gain_over_best"], vote["gain_interval"])
         tta_gain = points(vote["tta_gain_over_best"], vote["tta_gain_interval"])
         said.append(f"Soft voting gains {gain} points over the model best on validation, and "
-                    f"{tta_gain} with TTA where it is on (p = {vote['tta_gain_chance']:.2g}). The "
-                    f"models disagree on {vote['disagreement']:.1%} of the test images.")
-    copies = results["dataset"]["without_copies"]
-    if copies:
-        said.append("Without test images that are also among the training or validation images: "
-                    f"{copies['accuracy']:.1%} ({span(copies['interval'])}).")
+                    f"{tta_gain} with TTA where it is on. The models disagree on "
+                    f"{vote['disagreement']:.1%} of the test images.")
     return [rows, "Train is on augmented images, so it can lie below test. The interval is of the "
             "last column before it.", *said]
 
@@ -3084,9 +3030,9 @@ def classes_section(results: dict[str, Any]) -> Body:
     more = f"And {len(tested) - 20:,} more classes in results.json. " if len(tested) > 20 else ""
     mean = results["over_classes"]
     return [rows, f"{more}Balanced accuracy, in which each class counts alike: "
-            f"{mean['balanced_accuracy']:.1%} ({span(mean['balanced_interval'])}); macro F1: "
-            f"{mean['macro_f1']:.3f}. Recognised (recall): the share of a class's images that are "
-            "taken for it; precision: the share of right answers among those that name it."]
+            f"{mean['balanced_accuracy']:.1%}; macro F1: {mean['macro_f1']:.3f}. Recognised "
+            "(recall): the share of a class's images that are taken for it; precision: the share "
+            "of right answers among those that name it."]
 
 
 def calibration_section(results: dict[str, Any]) -> Body:
@@ -3120,9 +3066,7 @@ def speed_section(results: dict[str, Any]) -> Body:
                      "in FP32": f"{speed['fp32_images_per_second']:.0f}",
                      "GB": f"{(speed['mixed_peak_bytes'] or speed['fp32_peak_bytes']) / 1e9:.2f}",
                      "GB in FP32": f"{speed['fp32_peak_bytes'] / 1e9:.2f}",
-                     "freezing saves": speed["freezing_saves"],
-                     "plain test": f"{model['plain_seconds']:.1f} s",
-                     "with TTA": f"{model['tta_seconds']:.1f} s"})
+                     "freezing saves": speed["freezing_saves"]})
     explained = ("Training images/s: in the unfreezing stages; with all layers learning, in this "
                  "run's precision and in FP32, and what an update of these takes in memory. "
                  "Freezing saves: the share of the training time.")
@@ -3183,20 +3127,11 @@ def diagnose(results: dict[str, Any]) -> list[str]:
 
 
 def diagnose_model(model: dict[str, Any], results: dict[str, Any]) -> Iterator[str]:
-    """What stands out in one model: its precision, how it learned, what TTA does to it."""
+    """What stands out in one model: how it learned, and what TTA does to it."""
     epochs = model["epochs"]
     skipped = sum(entry["skipped_updates"] for entry in epochs)
     if skipped:
         yield f"{skipped} updates had gradients that were not finite, and were skipped."
-    if results["flags"]["USE_MIXED_PRECISION"] and model["precision"] == "float32":
-        yield f"mixed precision brings nothing here. {model['precision_why']}"
-    speed = results["speed"].get(model["name"])
-    if speed and speed["mixed_images_per_second"]:
-        faster = speed["mixed_images_per_second"] / speed["fp32_images_per_second"]
-        smaller = speed["mixed_peak_bytes"] / speed["fp32_peak_bytes"]
-        if faster < 1.1 and smaller > 0.9:
-            yield (f"mixed precision brings nothing here: x{faster:.2f} in speed, x{smaller:.2f} "
-                   "in memory. USE_MIXED_PRECISION may as well be false.")
     last = epochs[-1]
     accuracy = last["validation_accuracy"]
     gap = last["train_accuracy"] - accuracy

@@ -61,7 +61,7 @@ def test_the_usual_names_of_parts_are_known(names, tmp_path):
 
 
 @pytest.mark.parametrize(("places", "wanted"), [
-    (["train", "test"], "no class folders"),
+    (["train", "test"], "test/, train/"),
     (["train/cat", "Training/cat", "test/cat"], "both be the train part"),
     (["train/cat", "val/cat", "dev/cat"], "both be the validation part"),
     (parted("A", "B"), "A/, B/"),

@@ -1,14 +1,12 @@
 """Who learns from which images: the split, its limits, and pictures that are there twice."""
 
-import csv
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, class_pictures, command, quick_flags
+from conftest import class_pictures, quick_flags
 from PIL import Image, ImageEnhance, ImageOps
 from torch.nn import functional as F
 
@@ -144,22 +142,20 @@ def test_copies_stay_in_one_part_where_the_split_is_ours(kind, tmp_path):
     data, said = loaded(folder)
     owners = [{Path(data.names[place]).name[:3] for place in part.tolist()}
               for part in data.split.values()]
-    assert len(set.union(*owners)) == sum(map(len, owners)) == 60 and not data.copied.any()
+    assert len(set.union(*owners)) == sum(map(len, owners)) == 60
     assert sum(map(len, data.split.values())) == 84 and len(data.split["test"]) >= 8
     assert "24 images show the same" in said and "kept in one part" in said
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_in_a_given_split_are_told_and_marked(kind, tmp_path):
+def test_copies_in_a_given_split_are_told(kind, tmp_path):
     folder = photos(tmp_path / "pets", "train", "val", "test", count=12)
     for seed in range(7):
         copy(kind, seed, folder / "test" / "cat")
     for seed in range(12, 15):
         copy(kind, seed, folder / "val" / "cat")
     data, said = loaded(folder)
-    marked = [Path(data.names[place]).name for place in data.split["test"][data.copied]]
-    assert len(data.split["test"]) == 31 and len(marked) == 7
-    assert all("copy" in name for name in marked)
+    assert len(data.split["test"]) == 31
     assert "7 test images are also in another part" in said
     assert "3 validation images are also in another part" in said
     assert ("COPIES" in loaded(folder, HORIZONTAL_FLIP=False)[1]) == (kind != "mirrored")
@@ -216,27 +212,3 @@ def test_a_fixed_camera_leaves_every_part_its_classes(tmp_path):
     assert "COPIES" in said
     for role, part in data.split.items():
         assert len(part) >= 8 and len(data.labels[part].unique()) == 2, role
-
-
-def test_results_have_the_accuracy_without_copies(tmp_path):
-    folder = photos(tmp_path / "pets", "train", "test")
-    for seed in range(7):
-        copy("encoded anew", seed, folder / "test" / "cat")
-    output = tmp_path / "out"
-    ended = call(command(DATASET=folder, OUTPUT_DIR=output, NUM_EPOCHS=1,
-                         ARCHITECTURES=("test_resnet",)))
-    assert ended.code == 0, ended
-    with (output / "test_predictions.csv").open(newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if "copy" not in row["image"]]
-    right = [row["true_class"] == row["predicted_class"] for row in rows]
-    results = json.loads((output / "results.json").read_text())["dataset"]
-    assert len(rows) == 40 and results["without_copies"]["accuracy"] == sum(right) / 40
-    assert "Without test images that are also" in ended.out
-
-
-def test_no_part_is_left_with_a_single_image():
-    number = np.arange(10)
-    number[8] = number[0]
-    parts = dict(train=np.arange(6), validation=np.arange(6, 8), test=np.arange(8, 10))
-    kept = at.keep_together(parts, number, np.full(10, ""))
-    assert {role: len(part) for role, part in kept.items()} == dict(train=6, validation=2, test=2)
