@@ -1454,6 +1454,7 @@ class Source:
     roles: np.ndarray  # str [N]: "train", "validation", "test", or "" where the split is ours
     read: Callable[[np.ndarray], np.ndarray]  # indices [n] -> uint8 [n, 3, H, W]
     files: list[Path] = field(default_factory=list)  # of a folder, an image each
+    clips: np.ndarray | None = None  # int64 [N], the same for images of one clip; None: no clips
     unreadable: dict[int, str] = field(default_factory=dict)  # positions read in vain, and why
     scale: list[float] = field(default_factory=list)  # black and white of more than 8 bits
     notices: list[str] = field(default_factory=list)  # what the user has to know, in sentences
@@ -1506,6 +1507,10 @@ def load_data(job: Job) -> Data:
     if source.files:
         number = number_copies(images, parts, flags)
         parts = keep_together(parts, number, source.roles)
+        if source.clips is not None:
+            clips = source.clips[everything]
+            parts = keep_together(parts, clips, source.roles)
+            source.notices += torn_notices(parts, clips, names, "CLIPS: {} are of clips that are")
         source.notices += copy_notices(parts, number, labels, names)
     source.notices += part_notices(source, labels, parts, flags)
 
@@ -1693,7 +1698,8 @@ def image_folder(folder: Path, flags: SimpleNamespace) -> Source:
     paths: list[Path] = []
     names: list[str] = []
     roles: list[str] = []
-    notices = [f"DATASET is the folder {printable(folder)}."]
+    clips: list[str] = []
+    notices = [f"DATASET is the folder {printable(folder.resolve())}."]
     try:
         parts = parts_of(looked_through(folder))
         if "" not in parts and len(parts) < len(ROLE_WORDS):
@@ -1711,7 +1717,9 @@ def image_folder(folder: Path, flags: SimpleNamespace) -> Source:
                 others += more
                 roles += [role] * len(images)
                 # In one of the spellings that Unicode has for a letter
-                names += [printable(unicodedata.normalize("NFC", place.name))] * len(images)
+                name = printable(unicodedata.normalize("NFC", place.name))
+                names += [name] * len(images)
+                clips += [f"{name}/{clip_of(path, place)}" for path in images]
         loose = sorted(set(image_files(folder, set())[0]).difference(paths))
     except OSError as error:
         raise Stop(f"DATASET = {folder}: {error.filename} can't be opened ({error.strerror}). "
@@ -1719,20 +1727,67 @@ def image_folder(folder: Path, flags: SimpleNamespace) -> Source:
     classes = sorted(set(names))
     if len(classes) < 2:
         raise Stop(f"DATASET = {folder}: it has to hold at least two class folders with images; "
-                   f"found {', '.join(classes) or 'none'}.")
+                   f"found {', '.join(classes) or 'none'}.{how_to_sort(folder, loose)}")
     for left, what in ((others, "files are no images"), (loose, "images lie in no class folder")):
         if left:
             notices.append(f"{len(left):,} {what} and are left out, such as {printable(left[0])}.")
+    inner = [clip for clip in clips if not clip.endswith("*")]
+    if inner:
+        notices.append(f"{len(inner):,} images lie deeper, as in {inner[0]}: the outer folder is "
+                       "their class. Were the inner ones meant, put these side by side.")
     labels = np.array([classes.index(name) for name in names])
     source = Source(printable(folder.resolve().name), classes, labels, np.array(roles),
                     lambda chosen: read_files(source, chosen, flags), paths, notices=notices)
+    find_clips(source, clips)
     return source
+
+
+def clip_of(path: Path, place: Path) -> str:
+    """What an image of a class folder may belong to: its inner folder, or its name's beginning."""
+    inner = str(path.parent.relative_to(place))
+    return inner if inner != "." else re.sub(r"\d+(?=\D*$)", "", path.stem) + "*"
+
+
+def find_clips(source: Source, clips: list[str]) -> None:
+    """Let images of one clip stay together: frames of a film, shots of a thing, alike as they are.
+
+    clips: what each image may belong to. A class with less than three tells of no clips, nor do
+    names that are all different.
+    """
+    _, first, number = np.unique(clips, return_index=True, return_inverse=True)
+    fewest = np.bincount(source.labels[first], minlength=len(source.classes)).min()
+    if fewest >= 3 and 2 * len(first) <= len(clips):
+        source.clips = number
+        source.notices.append(
+            f"CLIPS: by their inner folders, or names alike but for the last number, the images "
+            f"come in {len(first):,} clips, such as {printable(clips[0])}. As far as the split is "
+            "this run's, a clip is kept in one part.")
+
+
+def how_to_sort(folder: Path, loose: list[Path]) -> str:
+    """What lies in a folder that has no class folders, and three lines of Python that make them."""
+    if not loose:
+        return ""
+    find = f"for name in glob.glob('*{loose[0].suffix}'):"
+    move = "os.renames(name, re.split(r'[\\W\\d_]+', name)[0] + '/' + name)"
+    tables = sorted(loose[0].parent.glob("*.csv"))
+    if tables:
+        find = f"for name, label, *_ in list(csv.reader(open('{tables[0].name}')))[1:]:"
+        move = "os.renames(name, label + '/' + name)"
+    elif "\\" in loose[0].name:  # unpacked on another system than it was packed on
+        move = "os.renames(name, name.replace('\\\\', '/'))"
+    return (f" {len(loose):,} images lie loose there, such as {loose[0].name}"
+            f"{f', and {tables[0].name}' if tables else ''}. If their class is told by that, three "
+            f"lines of Python make class folders, in {loose[0].parent}:\n"
+            f"    import csv, glob, os, re\n    {find}\n        {move}")
 
 
 def read_files(source: Source, chosen: np.ndarray, flags: SimpleNamespace) -> np.ndarray:
     """The chosen images of a folder: uint8 [n, 3, side, side]."""
     paths = [source.files[place] for place in chosen]
-    images, source.unreadable = decode_all(paths, stored_side(flags), flags, source.scale)
+    side = stored_side(flags)
+    images, source.unreadable, several = decode_all(paths, side, flags, source.scale)
+    source.notices += first_of(several)
     if source.unreadable:
         said = listed(source.unreadable, flags)
         if not flags.SKIP_UNREADABLE:
@@ -1786,7 +1841,8 @@ def may_be_parts(others: list[Path], parts: dict[str, Path]) -> bool:
         classes = names_in(looked_through(parts["train"]))
         pictures = len(parts) == 1 and any(image_files(place, set())[0] for place in others)
         return pictures or any(names & classes for names in inner)
-    roles = [place for place in others if place.name.lower() in sum(ROLE_WORDS.values(), ())]
+    words = sum(ROLE_WORDS.values(), ())
+    roles = [place for place in others if place.name.lower().strip("_-.0123456789") in words]
     alike = len(inner) > 1 and len(set.intersection(*inner)) > 1
     return alike or (len(roles) > 1 and not any(inner))
 
@@ -1860,8 +1916,9 @@ def picture_endings() -> frozenset[str]:
 
 
 def printable(text: Any) -> str:
-    """Text, such as a path, that can be printed and written as UTF-8, whatever its bytes are."""
-    return str(text).encode("utf-8", "backslashreplace").decode()
+    """Text, such as a path, in a line that can be printed and written, whatever its bytes are."""
+    text = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], str(text))
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def listed(unreadable: dict[int, str], flags: SimpleNamespace) -> str:
@@ -1880,18 +1937,20 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 
 def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
-               scale: list[float]) -> tuple[np.ndarray, dict[int, str]]:
-    """All the images, uint8 [n, 3, side, side], and why which of the files can't be read.
+               scale: list[float]) -> tuple[np.ndarray, dict[int, str], list[Path]]:
+    """All the images, uint8 [n, 3, side, side]; why which files can't be read; which hold several.
 
     scale: the values shown black and white in pixels of more than 8 bits, one for the whole data
     set. Where it is empty, and there are such pixels, it is found in these images, and filled.
     """
     images = room_for((len(paths), 3, side, side), flags)
     unreadable: dict[int, str] = {}
+    several: list[Path] = []
 
     def read(place: int) -> None:
         try:
-            images[place] = decode(paths[place], side, flags.FIT, scale)
+            images[place], pictures = decode(paths[place], side, flags.FIT, scale)
+            several.extend([paths[place]] * (pictures > 1))
         except Exception as error:  # Pillow raises nearly anything on a damaged file
             images[place] = 0
             why = why_unreadable(paths[place], error)
@@ -1906,7 +1965,14 @@ def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
                 low, high = np.sort(extents, axis=0).T
                 scale += [float(low[spare]), max(float(high[-1 - spare]), float(low[spare]) + 1e-6)]
         list(progress(pool.map(read, range(len(paths))), "decoding", len(paths)))
-    return images, unreadable
+    return images, unreadable, several
+
+
+def first_of(several: list[Path]) -> Iterator[str]:
+    """A sentence on files that hold several pictures, if there are any."""
+    if several:
+        yield (f"{len(several):,} files hold several pictures, of which the first is taken, such "
+               f"as {printable(min(several))}.")
 
 
 def room_for(shape: tuple[int, ...], flags: SimpleNamespace) -> np.ndarray:
@@ -1926,8 +1992,8 @@ def room_for(shape: tuple[int, ...], flags: SimpleNamespace) -> np.ndarray:
                    "or lower TRAIN_IMAGES or IMAGE_SIZE.") from None
 
 
-def decode(path: Path, side: int, fit: str, scale: list[float]) -> np.ndarray:
-    """An image file as uint8 [3, side, side], made a square as FIT has it.
+def decode(path: Path, side: int, fit: str, scale: list[float]) -> tuple[np.ndarray, int]:
+    """An image file's uint8 [3, side, side], made a square as FIT has it; how many it holds.
 
     As it is meant to be seen: turned as its EXIF data say, transparency laid over white, more than
     8 bits shown at the scale. OSError, or another of Pillow's errors, if it can't be read.
@@ -1936,6 +2002,9 @@ def decode(path: Path, side: int, fit: str, scale: list[float]) -> np.ndarray:
         raise OSError("not a file")  # as a pipe
     with Image.open(path) as image:
         image.load()
+        pictures = getattr(image, "n_frames", 1)
+        if image.format == "MPO":  # cameras add smaller ones, or the other eye's
+            pictures = 1
         with contextlib.suppress(Exception):  # EXIF data that nobody can understand
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # more than 8 bits: Pillow would clip them
@@ -1946,7 +2015,8 @@ def decode(path: Path, side: int, fit: str, scale: list[float]) -> np.ndarray:
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        return np.asarray(squared(image.convert("RGB"), side, fit)).transpose(2, 0, 1)
+        square = squared(image.convert("RGB"), side, fit)
+        return np.asarray(square).transpose(2, 0, 1), pictures
 
 
 def squared(image: Image.Image, side: int, fit: str) -> Image.Image:
@@ -1997,13 +2067,14 @@ def split(source: Source, train_limit: int, test_limit: int, seed: int) -> dict[
     validation). A limit of 0 takes all, for validation enough to tell.
     """
     random = np.random.default_rng(seed)
+    clips = np.arange(len(source.labels)) if source.clips is None else source.clips
     rest = np.flatnonzero((source.roles == "") | (source.roles == "train"))
-    rest = rest[stratified_order(source.labels[rest], random)]
+    rest = rest[stratified_order(source.labels[rest], clips[rest], random)]
     chosen = {}
     for role in ("test", "validation"):
         given = np.flatnonzero(source.roles == role)
         if len(given):
-            pool = given[stratified_order(source.labels[given], random)]
+            pool = given[stratified_order(source.labels[given], clips[given], random)]
         else:
             pool, rest = set_apart(rest, source.labels)
         limit = test_limit or len(pool)
@@ -2012,7 +2083,7 @@ def split(source: Source, train_limit: int, test_limit: int, seed: int) -> dict[
             if not len(given):
                 rest = np.concatenate([pool[limit:], rest])
         chosen[role] = pool[:limit]
-    chosen["train"] = with_every_class(rest, train_limit or len(rest), source.labels)
+    chosen["train"] = evenly_filled(rest, train_limit or len(rest), source.labels)
     check_parts(source, source.labels, chosen)
     return chosen
 
@@ -2033,17 +2104,20 @@ def enough_to_tell(train_limit: int, spare: int) -> int:
     return min(wanted, MOST_VALIDATION)
 
 
-def stratified_order(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def stratified_order(labels: np.ndarray, clips: np.ndarray,
+                     random: np.random.Generator) -> np.ndarray:
     """A random order of which every beginning holds the classes in nearly their overall shares.
 
-    Each class spreads its images evenly over the ranks from 0 to 1, in a random order.
+    Each class spreads its clips evenly over the ranks from 0 to 1, in a random order. The images of
+    a clip stand together.
     """
-    rank = np.empty(len(labels))
+    _, first, clip = np.unique(clips, return_index=True, return_inverse=True)
+    rank = np.empty(len(first))
     for label in np.unique(labels):
-        members = random.permutation(np.flatnonzero(labels == label))
+        members = random.permutation(np.flatnonzero(labels[first] == label))
         within = np.arange(len(members)) + random.random(len(members))
         rank[members] = within / len(members)
-    return np.argsort(rank, kind="stable")
+    return np.argsort(rank[clip], kind="stable")
 
 
 def set_apart(order: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -2054,13 +2128,17 @@ def set_apart(order: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     return taken, order[~np.isin(order, taken)]
 
 
-def with_every_class(order: np.ndarray, limit: int, labels: np.ndarray) -> np.ndarray:
-    """The first indices in `order`, as many as the limit says, with an image of every class."""
-    _, needed = np.unique(labels[order], return_index=True)
-    if len(needed) > limit:
-        return order[:limit]
-    others = np.delete(np.arange(len(order)), needed)[: limit - len(needed)]
-    return order[np.sort(np.concatenate([needed, others]))]
+def evenly_filled(order: np.ndarray, limit: int, labels: np.ndarray) -> np.ndarray:
+    """Indices in `order`, as many as the limit says, the classes filled up evenly from below.
+
+    Rare classes are whole before common ones get more: learning suffers most where images are few.
+    """
+    place_in_class = np.empty(len(order))
+    for label in np.unique(labels[order]):
+        members = np.flatnonzero(labels[order] == label)
+        place_in_class[members] = np.arange(len(members))
+    taken = np.argsort(place_in_class, kind="stable")[:limit]
+    return order[np.sort(taken)]
 
 
 def check_parts(source: Source, labels: np.ndarray | Tensor,
@@ -2072,8 +2150,9 @@ def check_parts(source: Source, labels: np.ndarray | Tensor,
                    "in all parts, add images, or raise TRAIN_IMAGES.")
     for role, part in parts.items():
         if len(part) < max(2, PROCESSES):
-            raise Stop(f"DATASET {source.name}: too few images for a {role} part. Add images, or "
-                       "raise TRAIN_IMAGES or TEST_IMAGES.")
+            raise Stop(f"DATASET {source.name}: too few images for a {role} part: {len(part)}, of "
+                       f"{max(2, PROCESSES)} that it takes. It gets a fifth of what isn't divided "
+                       "yet. Add images, or raise TRAIN_IMAGES or TEST_IMAGES.")
 
 
 def names_missing(source: Source, labels: np.ndarray | Tensor) -> str:
@@ -2090,6 +2169,12 @@ def part_notices(source: Source, labels: Tensor, parts: dict[str, np.ndarray],
     if unused > 0:
         yield (f"{unused:,} of {len(source.labels):,} images are not used. Raise TRAIN_IMAGES or "
                f"TEST_IMAGES to use more; for validation {MOST_VALIDATION:,} are enough.")
+    there = labels.new_tensor(source.labels).bincount(minlength=len(source.classes))
+    learned = labels[parts["train"]].bincount(minlength=len(source.classes))
+    if unused > 0 and (learned / there).std() > 0.01:  # not all alike
+        shares = [f"{source.classes[label]} {learned[label]:,} of {there[label]:,}"
+                  for label in (learned / there).argsort()[:9]]
+        yield f"TRAIN_IMAGES fills classes up evenly, rare ones whole: {', '.join(shares)}."
     for role in ("validation", "test"):
         missing = names_missing(source, labels[parts[role]])
         if missing:
@@ -2177,18 +2262,24 @@ def copy_notices(parts: dict[str, np.ndarray], number: np.ndarray, labels: Tenso
         yield (f"COPIES: {len(chosen) - len(values):,} images show the same as others, if only "
                f"encoded anew, resized or mirrored, such as {names[one]} and {names[other]}. As "
                "far as the split is this run's, copies are kept in one part.")
-    seen = parts["train"]
-    for role in ("validation", "test"):
-        copied = parts[role][np.isin(number[parts[role]], number[seen])]
-        if len(copied):
-            yield (f"COPIES: {len(copied):,} {role} images are also in another part, such as "
-                   f"{names[copied[0]]}, so the {role} accuracy flatters.")
-        seen = np.concatenate([seen, parts[role]])
+    yield from torn_notices(parts, number, names, "COPIES: {} are")
     original = dict(zip(values, chosen[first], strict=True))
     torn = [place for place in chosen if labels[place] != labels[original[number[place]]]]
     if torn:
         yield (f"COPIES: {len(torn):,} images lie in more than one class, such as "
                f"{names[torn[0]]} and {names[original[number[torn[0]]]]}: a label is wrong.")
+
+
+def torn_notices(parts: dict[str, np.ndarray], number: np.ndarray, names: list[str],
+                 what: str) -> Iterator[str]:
+    """Sentences on parts with images whose number an earlier part has too."""
+    seen = parts["train"]
+    for role in ("validation", "test"):
+        shared = parts[role][np.isin(number[parts[role]], number[seen])]
+        if len(shared):
+            yield (f"{what.format(f'{len(shared):,} {role} images')} also in another part, such as "
+                   f"{names[shared[0]]}, so the {role} accuracy flatters.")
+        seen = np.concatenate([seen, parts[role]])
 
 
 # ==== Weights: given files, the hub's, a stand-in's, or random ones ===============================
@@ -3347,7 +3438,9 @@ def predict_files(job: Job) -> None:
     paths, others = image_files(target, set()) if target.is_dir() else ([target], [])
     runs, saved, temperature = stored_models(job)
     classes = saved["classes"]
-    images, unreadable = decode_all(paths, saved["stored_size"], runs[0].flags, saved["scale"])
+    side = saved["stored_size"]
+    images, unreadable, several = decode_all(paths, side, runs[0].flags, saved["scale"])
+    say(*first_of(several))
     if others:
         say(f"{len(others):,} files are no images and are left out, such as {others[0]}.")
     if unreadable:

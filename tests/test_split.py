@@ -1,6 +1,8 @@
 """Who learns from which images: the split, its limits, and pictures that are there twice."""
 
+import re
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +72,7 @@ def test_validation_is_large_enough_to_tell(images, limit, validation, train):
 
 
 def test_too_few_images_stop_with_a_sentence():
-    with pytest.raises(at.Stop, match="DATASET test: too few images"):
+    with pytest.raises(at.Stop, match="too few images for a test part: 0, of 2 that"):
         at.split(source(3, 1), 0, 0, 0)
 
 
@@ -212,3 +214,71 @@ def test_a_fixed_camera_leaves_every_part_its_classes(tmp_path):
     assert "COPIES" in said
     for role, part in data.split.items():
         assert len(part) >= 8 and len(data.labels[part].unique()) == 2, role
+
+
+# ---- Clips: pictures that belong together ----
+
+INNER = "{kind}/clip_{clip:02}/frame_{frame:03}.png"
+FLAT = "{kind}/clip_{clip:02}_frame_{frame:03}.png"
+PATIENT = "{kind}/P{clip}-{frame} left.png"
+TRACK = "{kind}/{clip:05}_{frame:05}.png"
+
+
+def clips(root: Path, layout: str, parts: tuple[str, ...] = (".",), count: int = 12) -> Path:
+    """For each of two classes so many clips of five frames, dealt out over the parts by frame."""
+    for place in range(2 * count):
+        for frame in range(5):
+            part = parts[frame % len(parts)]
+            name = layout.format(kind=("cat", "dog")[place % 2], clip=place, frame=frame)
+            (root / part / name).parent.mkdir(parents=True, exist_ok=True)
+            photo(place * 5 + frame).save(root / part / name)
+    return root
+
+
+@pytest.mark.parametrize("layout", [INNER, FLAT, PATIENT, TRACK])
+@pytest.mark.parametrize("limit", [0, 60])
+def test_a_clip_stays_in_one_part_where_the_split_is_ours(layout, limit, tmp_path):
+    data, said = loaded(clips(tmp_path / "films", layout), TRAIN_IMAGES=limit)
+    assert "come in 24 clips" in said and "another part" not in said
+    owners = [{re.sub(r"[^/]*?\d+( left)?\.png$", "", name.replace("-", "/").replace("_", "/"))
+               for name in map(data.names.__getitem__, part)} for part in data.split.values()]
+    assert sum(map(len, owners)) == len(set.union(*owners)) >= 15
+    for role in ("validation", "test"):
+        assert len(data.split[role]) >= 8 and len(data.truth(role).unique()) == 2, role
+
+
+@pytest.mark.parametrize("layout", [INNER, FLAT])
+def test_clips_that_cross_a_given_split_are_told(layout, tmp_path):
+    _, said = loaded(clips(tmp_path / "films", layout, ("train", "test")))
+    assert "CLIPS: 48 test images are of clips that are also in another part" in said
+
+
+@pytest.mark.parametrize("names", [
+    ["{kind}/{kind}.{place}.png"], ["{kind}/{place}.png"], ["{kind}/all/{place}.png"],
+    ["{kind}/{place:03}_{kind}.png"], ["{kind}/{hash}.png"]])
+def test_a_class_in_one_piece_and_names_all_different_are_no_clips(names, tmp_path):
+    for place in range(60):
+        name = names[0].format(kind=("cat", "dog")[place % 2], place=place,
+                               hash=f"{zlib.crc32(bytes([place])):08x}b")
+        (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(place).save(tmp_path / "pets" / name)
+    assert "CLIPS" not in loaded(tmp_path / "pets")[1]
+
+
+@pytest.mark.parametrize(("counts", "limit", "wanted"), [
+    ((1000, 30, 30), 200, [140, 30, 30]), ((500, 200, 20), 120, [50, 50, 20]),
+    ((60, 60, 60), 90, [30, 30, 30])])
+def test_a_limit_fills_classes_up_evenly_and_leaves_the_test_its_shares(counts, limit, wanted):
+    given = source(*counts)
+    given.roles[:] = "train"
+    tests = source(*[count // 5 for count in counts], role="test")
+    both = at.Source("test", given.classes, np.concatenate([given.labels, tests.labels]),
+                     np.concatenate([given.roles, tests.roles]), None)
+    both.roles[: len(given.labels)][::3] = "validation"
+    counts_left = np.bincount(both.labels[both.roles == "train"])
+    parts = at.split(both, limit, 30, 0)
+    learned = np.bincount(both.labels[parts["train"]])
+    rare = np.minimum(counts_left, wanted)
+    assert learned.sum() == limit and (learned >= rare - 1).all()
+    shares = np.bincount(both.labels[parts["test"]], minlength=3) / 30
+    assert shares == pytest.approx(np.array(counts) / sum(counts), abs=0.04)
