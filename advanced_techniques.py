@@ -99,7 +99,7 @@ SEED = 0  # same flags, same seed, same numbers on a CPU
 
 # How to run
 RESUME = False  # go on where an interrupted run with the same flags and images was
-PREDICT = ""  # an image or a folder to classify with the models in OUTPUT_DIR, no training
+PREDICT = ()  # images or folders to classify with the models in OUTPUT_DIR, no training
 ABLATION = False  # also train the first model without each technique, and print what each is worth
 ABLATION_SEEDS = 3  # how often each of these trainings is repeated with another seed
 SKIP_UNREADABLE = False  # leave files out that can't be read as images, instead of stopping
@@ -1068,8 +1068,13 @@ def resume(run: Run, data: Data) -> Tested | None:
             if before != value:
                 changed.append(f"{name} was {before} and is {value}")
         if changed:
+            longer = ""
+            if changed[0].startswith("NUM_EPOCHS"):
+                longer = (" Another schedule is another training: in another OUTPUT_DIR, "
+                          f"--pretrained {file.parent} begins it with these weights.")
             raise Stop(f"RESUME: {file} comes from another run: {'; '.join(changed)}. Set it back, "
-                       "choose another OUTPUT_DIR, or delete the file to train this model anew.")
+                       "choose another OUTPUT_DIR, or delete the file to train this model anew."
+                       f"{longer}")
         if "finished" in saved:
             say(f"  RESUME: {file} holds the finished model.")
             return Tested(**saved["finished"])
@@ -1181,6 +1186,10 @@ class Stop(Exception):  # noqa: N818  it is no error of the program
         super().__init__(message)
         self.code = code
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it: the sentence alone (IPython asks for this name)."""
+        return [str(self)]
+
 
 @dataclass
 class Job:
@@ -1248,7 +1257,7 @@ def prepare(job: Job) -> None:
         raise Stop(f"OUTPUT_DIR = {folder} can't be written ({error.strerror}). Choose another "
                    "folder with --output-dir.") from None
     job.device = choose_device()
-    job.flags = small_profile(job.flags, job.device)
+    job.flags = fit_to_patches(small_profile(job.flags, job.device))
     check_networks(job.flags)
     meet_processes(job.device)
 
@@ -1294,22 +1303,42 @@ def reason(error: BaseException) -> str:
 # ==== Reading flags: and refusing what can't work =================================================
 
 FITS = ("crop", "pad", "squash")
-LIMITS = {  # flag: the lowest and the highest value
+ANY_NUMBER = (0, 10**9)
+LIMITS = {  # flag: the lowest and the highest value, where not any number will do
     "BATCH_SIZE": (1, 10**5),
     "NUM_EPOCHS": (1, 10**5),
     "UNFREEZING_STAGES": (1, 100),
     "GRADIENT_ACCUMULATION_STEPS": (1, 10**5),
-    "SEED": (0, 2**31),
     "IMAGE_SIZE": (0, 4096),
-    "TRAIN_IMAGES": (0, 10**9),
-    "TEST_IMAGES": (0, 10**9),
-    "FEATURE_VIEWS": (0, 1000),
     "ABLATION_SEEDS": (1, 1000),
     "BASE_LEARNING_RATE": (1e-8, 1),
     "LAYER_RATE_DECAY": (0.001, 1),
     "WEIGHT_DECAY": (0, 10),
     "LABEL_SMOOTHING": (0, 0.9),
-    "MEMORY_GB": (0, 10**6),
+}
+OTHER_NAMES = {  # flag: what other trainers call it
+    "DATASET": "data data-path data-root dataset-dir dir folder images input root train-dir",
+    "ARCHITECTURES": "arch backbone model model-name models net network",
+    "PRETRAINED": "checkpoint ckpt finetune init initial-checkpoint load weights",
+    "IMAGE_SIZE": "img-size image-sz imgsz input-size resolution size crop-size",
+    "USE_MIXED_PRECISION": "amp bf16 fp16 half mixed-precision precision",
+    "GRADIENT_ACCUMULATION_STEPS": "accum accumulate grad-accum grad-accum-steps",
+    "BATCH_SIZE": "b batch bs train-batch-size",
+    "NUM_EPOCHS": "e epoch epochs max-epochs n-epochs num-train-epochs",
+    "BASE_LEARNING_RATE": "base-lr learning-rate lr lr0",
+    "WEIGHT_DECAY": "decay wd",
+    "LABEL_SMOOTHING": "smoothing",
+    "BALANCE": "class-weights weighted",
+    "HORIZONTAL_FLIP": "fliplr flip hflip",
+    "GRADUAL_UNFREEZING": "freeze freeze-backbone unfreeze",
+    "PREDICT": "classify eval evaluate infer inference source test test-dir",
+    "OUTPUT_DIR": "log-dir logdir o out output project result-dir results save save-dir",
+    # Or else why there is no such flag
+    "The accelerator that PyTorch finds is taken.": "accelerator cuda device gpu gpus",
+    "Images are decoded once, by all cores.": "cpus j num-workers threads workers",
+    "The schedule is planned to its end, NUM_EPOCHS.": "early-stop early-stopping patience",
+    "AdamW is the optimiser.": "momentum opt optim optimizer",
+    "USE_COSINE_SCHEDULE chooses the schedule.": "lr-scheduler sched scheduler",
 }
 
 
@@ -1320,11 +1349,11 @@ def option(name: str) -> str:
 
 def read_flags(arguments: Sequence[str] = ()) -> SimpleNamespace:
     """The constants above with the command line's values over them, checked."""
-    flags, unknown = make_parser().parse_known_args(arguments, SimpleNamespace())
+    constants = SimpleNamespace(**{name: globals()[name] for name in FLAGS})
+    flags, unknown = make_parser().parse_known_args(arguments, constants)
     if unknown:
         word = unknown[0].partition("=")[0]
-        raise Stop(f"{word} is not a flag.{suggestion(word, map(option, FLAGS))} --help lists them "
-                   "all.")
+        raise Stop(f"{word} is not a flag.{meant_by(word)} --help lists them all.")
     for name, value in vars(flags).items():
         setattr(flags, name, checked(name, value))
     check_places(flags)
@@ -1342,7 +1371,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.error = refuse
     # These are values, not flags: -1e-3, -inf
     parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
-    text = Path(__file__).read_text("utf-8").partition("# ==== Flags")[2].partition("FLAGS = ")[0]
+    text = ""
+    if "__file__" in globals():  # pasted into a notebook, the script has none
+        text = Path(__file__).read_text("utf-8")
+    text = text.partition("# ==== Flags")[2].partition("FLAGS = ")[0]
     group = parser
     for title, name, comment in re.findall(r"^(?:# (.*)|([A-Z_]+) = .*?  # (.*))$", text, re.M):
         if title:
@@ -1351,28 +1383,38 @@ def make_parser() -> argparse.ArgumentParser:
         default = globals()[name]
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         group.add_argument(option(name), dest=name, metavar="VALUE", default=default,
+                           nargs="+" if isinstance(default, tuple) else None,
                            help=f"{comment} (default: {shown})".replace("%", "%%"))
     return parser
+
+
+def meant_by(word: str) -> str:
+    """A sentence on what an unknown word on the command line may have been meant for, or ""."""
+    bare = word.strip("-").lower().replace("_", "-")
+    if not word.startswith("-"):
+        return f" Write --dataset {word} to train on it, or --predict {word} to classify it."
+    for meant, words in OTHER_NAMES.items():
+        if bare in words.split():
+            return f" Did you mean {option(meant)}?" if meant in FLAGS else f" {meant}"
+    return suggestion(word, map(option, FLAGS))
 
 
 def checked(name: str, value: Any) -> Any:
     """A flag's value, as the kind of its default, from an argument or an edited constant alike."""
     kind = type(FLAGS[name])
-    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    values = value if isinstance(value, list | tuple) else [value]
+    text = ",".join(map(str, values))
+    if name == "PREDICT":
+        return tuple(checked_text(name, path) for path in values if path != "")
     if kind is tuple:
-        return tuple(map(known_architecture, text.strip(" ,").split(",")))
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise Stop(f"{name} = {text}: it has to be true or false.")
+        return tuple(map(known_architecture, re.split("[ ,]+", text.strip(" ,"))))
+    if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
+    if kind is bool:
+        raise Stop(f"{name} = {text}: it has to be true or false.")
     if kind is str:
-        if not isinstance(value, str | os.PathLike) or not (text or name == "PREDICT"):
-            raise Stop(f"{name} = {text}: it has to be text, in quotes in the file.")
-        if name == "FIT" and text not in FITS:
-            raise Stop(f"FIT = {text}: it has to be one of {', '.join(FITS)}."
-                       f"{suggestion(text, FITS)}")
-        return os.path.expanduser(text)
-    low, high = LIMITS[name]
+        return checked_text(name, value)
+    low, high = LIMITS.get(name, ANY_NUMBER)
     try:
         number = kind(text)
     except ValueError:
@@ -1383,43 +1425,86 @@ def checked(name: str, value: Any) -> Any:
     return number
 
 
+def checked_text(name: str, value: Any) -> str:
+    """A word, or a path whose ~ is replaced."""
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise Stop(f"{name} = {value}: it has to be text, in quotes in the file.")
+    if name == "FIT" and value not in FITS:
+        raise Stop(f"FIT = {value}: it has to be one of {', '.join(FITS)}."
+                   f"{suggestion(str(value), FITS)}")
+    return os.path.expanduser(str(value))
+
+
 def known_architecture(name: str) -> str:
-    """The name of an architecture; stops if timm doesn't know it, or its tag."""
-    name = name.strip()
+    """An architecture's name in timm today; stops if timm doesn't know it, or its tag."""
+    now = timm.models.get_deprecated_models().get(name) or name
     try:
-        timm.get_pretrained_cfg(name, allow_unregistered=False)
+        timm.get_pretrained_cfg(now, allow_unregistered=False)
     except RuntimeError:
-        raise Stop(f"ARCHITECTURES: timm knows no model {name!r}."
-                   f"{suggestion(name, timm.list_models())} timm.list_models() lists all names."
-                   ) from None
-    return name
+        # torchvision's names, and most misspelt ones, share their words with timm's
+        pattern = "*".join([*re.findall(r"v\d|[a-z]+|\d+", name.lower()), ""])
+        alike = sorted(timm.list_models(pattern), key=len)[:3]
+        meant = suggestion(name, timm.list_models())
+        if alike:
+            meant = f" Did you mean {', '.join(alike)}?"
+        raise Stop(f"ARCHITECTURES: timm knows no model {name!r}.{meant} "
+                   f'timm.list_models("{pattern}") lists such names.') from None
+    if now != name:
+        say(f"ARCHITECTURES: {name} is called {now} in timm today.")
+    return now
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """A sentence that names the known word that was probably meant, or nothing."""
-    near = difflib.get_close_matches(word.lower(), list(known), n=1)
+    """A sentence that names the known word that was probably meant; "" beats a wrong one."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.75)
     return f" Did you mean {near[0]}?" if near else ""
 
 
 def check_places(flags: SimpleNamespace) -> None:
     """Stop if a file or folder isn't there, or results would be written among the images."""
-    places = {"DATASET": ("auto", *DATA_SETS), "PRETRAINED": ("auto", "none")}
+    built_in = ("auto", *DATA_SETS)
+    places = [("DATASET", flags.DATASET, built_in),
+              ("PRETRAINED", flags.PRETRAINED, ("auto", "none"))]
     if flags.PREDICT:  # what the models learned from may be gone
-        places = {"PREDICT": ()}
-    for name, words in places.items():
-        value = getattr(flags, name)
+        places = [("PREDICT", path, ()) for path in flags.PREDICT]
+    for name, value, words in places:
         # os.path, unlike Path, takes a path that can't even be looked at for one that isn't there.
         if value not in words and not os.path.exists(value):
             known = "".join(f"{word}, " for word in words)
             raise Stop(f"{name} = {value}: there is no such file or folder. It has to be {known}or "
                        f"one that is there.{suggestion(value, words)}")
-    if flags.PREDICT or flags.DATASET in places["DATASET"]:
+    if flags.PREDICT:
+        return
+    if flags.DATASET in built_in:
+        if holds_classes(Path(flags.DATA_DIR)):
+            raise Stop(f"DATA_DIR = {flags.DATA_DIR}: it holds folders of images, and is where "
+                       f"downloads go. Was --dataset {flags.DATA_DIR} meant?")
         return
     for name in ("DATA_DIR", "OUTPUT_DIR"):
         place = Path(os.path.realpath(getattr(flags, name)))
         if place.is_relative_to(os.path.realpath(flags.DATASET)):
             raise Stop(f"{name} = {getattr(flags, name)}: it lies in DATASET = {flags.DATASET}, "
                        f"where nothing is ever written. Choose another with {option(name)}.")
+
+
+def fit_to_patches(flags: SimpleNamespace) -> SimpleNamespace:
+    """IMAGE_SIZE as a multiple of each network's patch, or the rest would never be seen.
+
+    A patch is what a first convolution without overlap takes, as a vision transformer's does.
+    """
+    patch = 1
+    for name in flags.ARCHITECTURES:
+        with torch.device("meta"):
+            network = timm.create_model(name)
+        first = [module for module in network.modules() if isinstance(module, nn.Conv2d)][:1]
+        for convolution in first:
+            if convolution.kernel_size == convolution.stride:
+                patch = math.lcm(patch, *convolution.stride)
+    fitted = math.ceil(flags.IMAGE_SIZE / patch) * patch
+    if fitted != flags.IMAGE_SIZE:
+        say(f"IMAGE_SIZE is {fitted} instead of {flags.IMAGE_SIZE}: a multiple of the networks' "
+            f"patches of {patch} pixels.")
+    return SimpleNamespace(**vars(flags) | dict(IMAGE_SIZE=fitted))
 
 
 def check_networks(flags: SimpleNamespace) -> None:
@@ -1869,6 +1954,13 @@ def folders_in(folder: Path) -> list[Path]:
         if path.is_dir() and not is_hidden(path.name) and not leads_back:
             found.append(path)
     return found
+
+
+def holds_classes(folder: Path) -> bool:
+    """Whether a folder holds class folders, or a training part of a split."""
+    places = folders_in(folder) if folder.is_dir() else []
+    direct = [place for place in places if image_files(place, set(), False)[0]]
+    return len(direct) > 1 or any(role_of(place.name) == "train" for place in places)
 
 
 def names_in(folder: Path) -> set[str]:
@@ -2401,8 +2493,9 @@ def shipped_weights(architecture: str, name: str) -> Weights | None:
 def given_weights(name: str, path: Path) -> Weights:
     """What PRETRAINED names for an architecture; stops where it isn't there or no use."""
     files = [path]
-    if path.is_dir():
-        files = [path / (name + end) for end in (".safetensors", ".pth", ".pt", ".bin")]
+    if path.is_dir():  # also one that a run handed over
+        files = [path / (name + end) for end in (".safetensors", ".pth", ".pt", ".bin", ".ckpt")]
+        files += [path / HUB_FILE, path / name / HUB_FILE]
     for file in filter(Path.is_file, files):
         try:
             return Weights(name, f"weights of {file.name}", fitting(name, str(file)))
@@ -2414,19 +2507,36 @@ def given_weights(name: str, path: Path) -> Weights:
 
 
 def fitting(name: str, file: str) -> dict[str, Any]:
-    """What tells timm to load a file, if it holds every name and shape; timm's error if not.
+    """What tells timm to load a file, if it holds every name and shape; an error if not.
 
     Tried with a head as the file has it: with a new one timm would leave what is missing at random,
     in silence. The meta device takes no memory.
     """
-    overlay = dict(file=file, custom_load=False)
-    layer = timm.get_pretrained_cfg(name).classifier
-    head = timm.models.load_state_dict(file).get(f"{layer}.weight")
+    overlay: dict[str, Any] = dict(file=file, custom_load=False)
+    whole = timm.models.load_state_dict(file)
+    held = whole.get("ema", whole)
+    with torch.device("meta"):
+        wanted = list(timm.create_model(name).state_dict())
+    wrapped = [key for key in held if key.endswith(f".{wanted[0]}")]  # "model." before each, say
+    if wrapped and wanted[0] not in held:
+        start = wrapped[0].removesuffix(wanted[0])
+        held = {key.removeprefix(start): held[key] for key in held if key.startswith(start)}
+    if held is not whole:
+        overlay = dict(state_dict=held)
+    head = held.get(f"{timm.get_pretrained_cfg(name).classifier}.weight")
     classes = 0 if head is None else len(head)
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that copying to the meta device does nothing: true
-        timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=dict(
-            overlay, num_classes=classes, label_offset=0))
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that copying to the meta device does nothing: true
+            timm.create_model(name, pretrained=True, num_classes=classes,
+                              pretrained_cfg_overlay=overlay | dict(num_classes=classes,
+                                                                    label_offset=0))
+    except Exception:
+        missing = [key for key in wanted if key not in held][:3]
+        if not missing:
+            raise
+        raise ValueError(f"it wants {', '.join(missing)}, the file has "
+                         f"{', '.join(list(held)[:3])}") from None
     return overlay
 
 
@@ -3434,8 +3544,14 @@ PLOTS = (plot_curves, plot_confusion, plot_predictions, plot_rates, plot_ablatio
 def predict_files(job: Job) -> None:
     """Classify an image, or all images below a folder, as the run that trained the models did."""
     job.device = choose_device()
-    target = Path(job.flags.PREDICT)
-    paths, others = image_files(target, set()) if target.is_dir() else ([target], [])
+    paths: list[Path] = []
+    folders: list[Path] = []  # in which each of them lies
+    others: list[Path] = []
+    for target in map(Path, job.flags.PREDICT):
+        found, more = image_files(target, set()) if target.is_dir() else ([target], [])
+        paths += found
+        folders += [target if target.is_dir() else target.parent] * len(found)
+        others += more
     runs, saved, temperature = stored_models(job)
     classes = saved["classes"]
     side = saved["stored_size"]
@@ -3447,7 +3563,7 @@ def predict_files(job: Job) -> None:
         say("Left out, for they can't be read as images:", listed(unreadable, job.flags))
     readable = [place for place in range(len(paths)) if place not in unreadable]
     if not readable:
-        raise Stop(f"PREDICT = {target}: no image there can be read.")
+        raise Stop(f"PREDICT = {', '.join(job.flags.PREDICT)}: no image there can be read.")
     data = Data("", classes, torch.from_numpy(images), torch.zeros(len(paths), dtype=torch.long),
                 {"test": torch.tensor(readable)})
     answers = [soft_vote(predict(run, data, "test", tta_views(run.flags))) for run in runs]
@@ -3463,19 +3579,19 @@ def predict_files(job: Job) -> None:
         rows.append(row)
         if len(rows) <= 21:
             say(f"{row[0]}: {', '.join(row[1:])}")
-    if target.is_dir():
-        say_accuracy([paths[place] for place in readable], believed, target, classes)
+    if len(paths) > 1:
+        inner = [paths[place].relative_to(folders[place]) for place in readable]
+        say_accuracy(inner, believed, classes)
         write_table(Path(job.flags.OUTPUT_DIR, "predictions.csv"), rows)
         say(f"{len(readable):,} images classified, {len(unreadable) + len(others):,} left out; all "
             f"answers are in {job.flags.OUTPUT_DIR}/predictions.csv.")
 
 
-def say_accuracy(paths: list[Path], probabilities: Tensor, target: Path,
-                 classes: list[str]) -> None:
-    """Print the accuracy over the images that lie below target in folders named as classes are."""
+def say_accuracy(paths: list[Path], probabilities: Tensor, classes: list[str]) -> None:
+    """Print the accuracy over the images whose paths, below PREDICT, name a class."""
     known = {}  # place among the paths: label
     for place, path in enumerate(paths):
-        for name in path.relative_to(target).parts[:-1]:
+        for name in path.parts[:-1]:
             spelled = printable(unicodedata.normalize("NFC", name))
             if spelled in classes:
                 known.setdefault(place, classes.index(spelled))
@@ -3655,7 +3771,9 @@ def resizing(length: int, other: int, side: int, fit: str) -> tuple[Tensor, Tens
     return (weights * 2**22 + 0.5).floor() / 2**22, visible  # Pillow's multiples of 2**-22
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" not in globals():
+    main()  # pasted into a notebook, whose arguments are its own
+elif __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # an old terminal lacks some letters
     try:

@@ -254,6 +254,35 @@ def test_given_weights_may_be_a_file_or_a_folder_and_have_any_head(host, classes
     assert stopped.value.code == 2 and host.asked == []
 
 
+WRAPPERS = {
+    "data parallel": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "Lightning": lambda state: dict(epoch=3, state_dict={"loss.weight": torch.ones(1)} | {
+        f"model.{key}": value for key, value in state.items()}),
+    "backbone": lambda state: {"steps": torch.ones(1)} | {
+        f"net.backbone.{key}": value for key, value in state.items()},
+    "ema": lambda state: dict(ema=state, optimizer={}), "model": lambda state: dict(model=state)}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_weights_in_a_wrapper_are_found(host, genuine, wrapper, tmp_path):
+    file = tmp_path / "test_vit.ckpt"
+    torch.save(WRAPPERS[wrapper](load(genuine["test_vit"])), file)
+    for given in (file, tmp_path):
+        (found,), _ = search("test_vit", PRETRAINED=str(given))
+        assert is_from(found, "test_vit", genuine["test_vit"])
+    with pytest.raises(at.Stop, match=r"it wants conv1\.\S+, .*the file has"):
+        search("test_resnet", PRETRAINED=str(file))
+
+
+@pytest.mark.parametrize("given", ["models", "models/test_resnet", "checkpoints",
+                                   "models/test_resnet/model.safetensors"])
+def test_what_a_run_leaves_can_be_begun_with(host, finished, given):
+    (found,), _ = search("test_resnet", PRETRAINED=str(finished.outputs / given))
+    saved = torch.load(finished.outputs / "checkpoints" / "test_resnet.pt", weights_only=True)
+    whole = {key: value.contiguous() for key, value in saved["state_dict"].items()}
+    assert is_from(found, "test_resnet", save(whole))
+
+
 def test_random_weights_are_asked_for_by_name_and_never_count_as_trained(host):
     (found,), notices = search("test_vit", PRETRAINED="none")
     assert not found.trained and "random" in found.origin and notices == host.asked == []
