@@ -1111,17 +1111,10 @@ def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
 # ==== Processes: several of them, on one machine or more, as torchrun starts them =================
 
 
-def torchrun_number(name: str, otherwise: int) -> int:
-    """One of the numbers that torchrun gives to each process; `otherwise` without torchrun."""
-    wanted = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
-    # Notebooks and schedulers leave some of these behind: only all of them count.
-    whole = all(os.environ.get(variable, "").isdecimal() for variable in wanted)
-    return int(os.environ[name]) if whole and os.environ.get("MASTER_ADDR") else otherwise
-
-
-PROCESSES = torchrun_number("WORLD_SIZE", 1)
-RANK = torchrun_number("RANK", 0)  # which one this is, of all
-LOCAL_RANK = torchrun_number("LOCAL_RANK", 0)  # ... and of those on this machine
+# Notebooks and schedulers leave some of torchrun's variables behind: only all of them count.
+GIVEN = [os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")]
+LAUNCHED = all(map(str.isdecimal, GIVEN)) and "MASTER_ADDR" in os.environ
+PROCESSES, RANK, LOCAL_RANK, _ = map(int, GIVEN) if LAUNCHED else (1, 0, 0, 0)
 
 
 def meet_processes(device: torch.device) -> None:
@@ -1854,17 +1847,17 @@ def how_to_sort(folder: Path, loose: list[Path]) -> str:
     if not loose:
         return ""
     find = f"for name in glob.glob('*{loose[0].suffix}'):"
-    move = "os.renames(name, re.split(r'[\\W\\d_]+', name)[0] + '/' + name)"
-    tables = sorted(loose[0].parent.glob("*.csv"))
+    into = "re.split(r'[\\W\\d_]+', name)[0] + '/' + name"
+    tables = [table.name for table in sorted(loose[0].parent.glob("*.csv"))]
     if tables:
-        find = f"for name, label, *_ in list(csv.reader(open('{tables[0].name}')))[1:]:"
-        move = "os.renames(name, label + '/' + name)"
+        find = f"for name, label, *_ in list(csv.reader(open('{tables[0]}')))[1:]:"
+        into = "label + '/' + name"
     elif "\\" in loose[0].name:  # unpacked on another system than it was packed on
-        move = "os.renames(name, name.replace('\\\\', '/'))"
-    return (f" {len(loose):,} images lie loose there, such as {loose[0].name}"
-            f"{f', and {tables[0].name}' if tables else ''}. If their class is told by that, three "
-            f"lines of Python make class folders, in {loose[0].parent}:\n"
-            f"    import csv, glob, os, re\n    {find}\n        {move}")
+        into = "name.replace('\\\\', '/')"
+    seen = " and ".join([loose[0].name, *tables[:1]])
+    return (f" {len(loose):,} images lie loose there, such as {seen}. If that tells the classes, "
+            f"three lines of Python make class folders, in {loose[0].parent}:\n"
+            f"    import csv, glob, os, re\n    {find}\n        os.renames(name, {into})")
 
 
 def read_files(source: Source, chosen: np.ndarray, flags: SimpleNamespace) -> np.ndarray:
