@@ -22,6 +22,10 @@ import advanced_techniques as at
 
 CPU = torch.device("cpu")
 SCRIPT = Path(at.__file__)
+if torch.cuda.is_available():  # test_cuda.py alone is about the GPU, which this process keeps
+    torch.cuda.init()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    at.choose_device = lambda: CPU
 
 
 @pytest.fixture(scope="session", autouse=True)
