@@ -1941,12 +1941,8 @@ def is_hidden(name: str) -> bool:
 def folders_in(folder: Path) -> list[Path]:
     """The folders in a folder, sorted, hidden ones left out, and links that lead back to it."""
     here = Path(os.path.realpath(folder))
-    found = []
-    for path in sorted(folder.iterdir()):
-        leads_back = here.is_relative_to(os.path.realpath(path))
-        if path.is_dir() and not is_hidden(path.name) and not leads_back:
-            found.append(path)
-    return found
+    return [path for path in sorted(folder.iterdir()) if path.is_dir()
+            and not is_hidden(path.name) and not here.is_relative_to(os.path.realpath(path))]
 
 
 def holds_classes(folder: Path) -> bool:
@@ -1967,26 +1963,18 @@ def image_files(folder: Path, entered: set[str],
 
     In linked folders too, but none twice: `entered` collects the real paths of those looked into.
     """
+    entered.add(os.path.realpath(folder))
     images: list[Path] = []
     others: list[Path] = []
-
-    entered.update(map(str, Path(os.path.realpath(folder)).parents))  # where links may lead back
-
-    def enter(path: Path) -> bool:
-        real = os.path.realpath(path)
-        new = deep and not is_hidden(path.name) and real not in entered
-        entered.add(real)
-        return new
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for place, inner, names in os.walk(folder, onerror=refuse, followlinks=True):
-        inner[:] = [name for name in sorted(inner) if enter(Path(place, name))]
-        for name in sorted(names):
-            if not is_hidden(name):
-                kind = images if Path(name).suffix.lower() in picture_endings() else others
-                kind.append(Path(place, name))
+    for path in sorted(folder.iterdir()):
+        if not is_hidden(path.name) and not path.is_dir():
+            kind = images if path.suffix.lower() in picture_endings() else others
+            kind.append(path)
+    for inner in folders_in(folder) if deep else []:
+        if os.path.realpath(inner) not in entered:
+            found, more = image_files(inner, entered)
+            images += found
+            others += more
     return images, others
 
 
