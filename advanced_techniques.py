@@ -1680,26 +1680,14 @@ def published(name: str, classes: list[str], images: np.ndarray, labels: np.ndar
 # ==== Drawn shapes: the built-in data set =========================================================
 
 
-def ring(points: int, radius: float = 1.0, inner: float = 1.0, middle: float = 0.0) -> np.ndarray:
-    """Points [n, 2] around the middle, every other one at the inner share of the radius."""
-    angles = 2 * np.pi * np.arange(points) / points
-    radii = radius * np.where(np.arange(points) % 2, inner, 1)
-    return np.stack([middle + radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
-
-
-ARMS = [-1, -0.25, -0.25, 0.25, 0.25, 1, 1, 0.25, 0.25, -0.25, -0.25, -1]  # of a cross, from left
-SHAPES = {  # the outlines of each, of which the later ones are cut out of the first
-    "circle": [ring(48, 0.9)],
-    "half": [ring(48)[:25]],
-    "ring": [ring(48, 0.95), ring(48, 0.55)],
-    "crescent": [ring(48), ring(48, 0.8, middle=0.5)],
-    "triangle": [ring(3)],
-    "square": [ring(4)],
-    "frame": [ring(4), ring(4, 0.6)],
-    "pentagon": [ring(5)],
-    "cross": [np.stack([ARMS, np.roll(ARMS, 3)], axis=1)],
-    "star": [ring(10, 1.0, 0.4)],
+OUTLINES = {  # points on a circle; where every other one lies, as a share of the circle's radius
+    "disc": (48, 1.0),
+    "triangle": (6, 0.5),
+    "square": (8, 0.71),
+    "cross": (8, 0.35),
+    "star": (10, 0.4),
 }
+SHAPES = [*OUTLINES, *(f"hollow {name}" for name in OUTLINES)]
 FINE = 4  # how many times too large outlines are drawn, so that their edges are smooth
 
 
@@ -1715,21 +1703,23 @@ def shapes(flags: SimpleNamespace, count: int = 20_000) -> Source:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return np.stack(list(progress(pool.map(draw, chosen), "drawing", len(chosen))))
 
-    return Source("shapes", list(SHAPES), labels, np.full(count, ""), read)
+    return Source("shapes", SHAPES, labels, np.full(count, ""), read)
 
 
 def draw_shape(label: int, random: np.random.Generator, side: int) -> np.ndarray:
     """One textured shape on a textured ground, part of it behind a bar: uint8 [3, side, side]."""
-    # 1. Where it lies: turned, scaled, flattened and moved.
+    # 1. Where it lies: turned, scaled, flattened and moved. What is hollow has a hole of its form.
     large = FINE * side
-    turn = random.uniform(-0.6, 0.6)
-    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    stretch = random.uniform(0.22, 0.4) * large * np.array([1, random.uniform(0.8, 1)])
+    count, inner = OUTLINES[SHAPES[label].removeprefix("hollow ")]
+    angles = random.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(count) / count
+    radii = np.where(np.arange(count) % 2, inner, 1) * random.uniform(0.22, 0.4) * large
+    flat = random.uniform(0.8, 1)
+    outline = np.stack([radii * np.sin(angles), flat * radii * np.cos(angles)], axis=1)
     centre = large / 2 + random.uniform(-0.1, 0.1, 2) * large
     mask = Image.new("L", (large, large))
-    for place, outline in enumerate(list(SHAPES.values())[label]):
-        points = outline * stretch @ rotation + centre
-        ImageDraw.Draw(mask).polygon(list(map(tuple, points)), 0 if place else 255)
+    ImageDraw.Draw(mask).polygon((outline + centre).ravel().tolist(), 255)
+    if SHAPES[label].startswith("hollow"):
+        ImageDraw.Draw(mask).polygon((outline * 0.5 + centre).ravel().tolist(), 0)
     ImageDraw.Draw(mask).line(random.uniform(0, large, 4).tolist(), 0, int(0.05 * large))  # a bar
     inside = np.asarray(mask.resize((side, side), Image.Resampling.BOX)) / 255
 
@@ -1858,8 +1848,7 @@ def read_files(source: Source, chosen: np.ndarray, flags: SimpleNamespace) -> np
     """The chosen images of a folder: uint8 [n, 3, side, side]."""
     paths = [source.files[place] for place in chosen]
     side = stored_side(flags)
-    images, source.unreadable, several = decode_all(paths, side, flags, source.scale)
-    source.notices += first_of(several)
+    images, source.unreadable = decode_all(paths, side, flags, source.scale)
     if source.unreadable:
         said = listed(source.unreadable, flags)
         if not flags.SKIP_UNREADABLE:
@@ -2004,20 +1993,18 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 
 def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
-               scale: list[float]) -> tuple[np.ndarray, dict[int, str], list[Path]]:
-    """All the images, uint8 [n, 3, side, side]; why which files can't be read; which hold several.
+               scale: list[float]) -> tuple[np.ndarray, dict[int, str]]:
+    """All the images, uint8 [n, 3, side, side], and why which files can't be read.
 
     scale: the values shown black and white in pixels of more than 8 bits, one for the whole data
     set. Where it is empty, and there are such pixels, it is found in these images, and filled.
     """
     images = room_for((len(paths), 3, side, side), flags)
     unreadable: dict[int, str] = {}
-    several: list[Path] = []
 
     def read(place: int) -> None:
         try:
-            images[place], pictures = decode(paths[place], side, flags.FIT, scale)
-            several.extend([paths[place]] * (pictures > 1))
+            images[place] = decode(paths[place], side, flags.FIT, scale)
         except Exception as error:  # Pillow raises nearly anything on a damaged file
             images[place] = 0
             why = why_unreadable(paths[place], error)
@@ -2032,14 +2019,7 @@ def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
                 low, high = np.sort(extents, axis=0).T
                 scale += [float(low[spare]), max(float(high[-1 - spare]), float(low[spare]) + 1e-6)]
         list(progress(pool.map(read, range(len(paths))), "decoding", len(paths)))
-    return images, unreadable, several
-
-
-def first_of(several: list[Path]) -> Iterator[str]:
-    """A sentence on files that hold several pictures, if there are any."""
-    if several:
-        yield (f"{len(several):,} files hold several pictures, of which the first is taken, such "
-               f"as {printable(min(several))}.")
+    return images, unreadable
 
 
 def room_for(shape: tuple[int, ...], flags: SimpleNamespace) -> np.ndarray:
@@ -2059,8 +2039,8 @@ def room_for(shape: tuple[int, ...], flags: SimpleNamespace) -> np.ndarray:
                    "or lower TRAIN_IMAGES or IMAGE_SIZE.") from None
 
 
-def decode(path: Path, side: int, fit: str, scale: list[float]) -> tuple[np.ndarray, int]:
-    """An image file's uint8 [3, side, side], made a square as FIT has it; how many it holds.
+def decode(path: Path, side: int, fit: str, scale: list[float]) -> np.ndarray:
+    """An image file's first picture, uint8 [3, side, side], made a square as FIT has it.
 
     As it is meant to be seen: turned as its EXIF data say, transparency laid over white, more than
     8 bits shown at the scale. OSError, or another of Pillow's errors, if it can't be read.
@@ -2069,9 +2049,6 @@ def decode(path: Path, side: int, fit: str, scale: list[float]) -> tuple[np.ndar
         raise OSError("not a file")  # as a pipe
     with Image.open(path) as image:
         image.load()
-        pictures = getattr(image, "n_frames", 1)
-        if image.format == "MPO":  # cameras add smaller ones, or the other eye's
-            pictures = 1
         with contextlib.suppress(Exception):  # EXIF data that nobody can understand
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # more than 8 bits: Pillow would clip them
@@ -2083,7 +2060,7 @@ def decode(path: Path, side: int, fit: str, scale: list[float]) -> tuple[np.ndar
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         square = squared(image.convert("RGB"), side, fit)
-        return np.asarray(square).transpose(2, 0, 1), pictures
+        return np.asarray(square).transpose(2, 0, 1)
 
 
 def squared(image: Image.Image, side: int, fit: str) -> Image.Image:
@@ -3004,7 +2981,7 @@ def collect_results(job: Job, final: Tensor) -> dict[str, Any]:
     if hasattr(backend, "get_device_name"):
         device = backend.get_device_name(job.device)
     results = dict(
-        flags=vars(job.flags) | dict(ARCHITECTURES=list(job.flags.ARCHITECTURES)),
+        flags=json.loads(json.dumps(vars(job.flags))),  # lists, as who reads the file has them
         environment=dict(device=job.device.type, device_name=device,
                          python=platform.python_version(), torch=torch.__version__,
                          torchvision=torchvision.__version__, timm=timm.__version__),
@@ -3479,10 +3456,7 @@ def plot_ablation(job: Job, results: dict[str, Any], final: Tensor) -> None:
     measured = [row for row in results["ablation"] or [] if not row["why"]]
     if not measured:
         return
-    title = "No technique clearly raises the accuracy here"
-    best = max(measured, key=lambda row: (row["technique"] in TECHNIQUES, row["interval"][0]))
-    if best["verdict"] == "helps":
-        title = f"{best['technique']} helps most: {points(best['change'])} points".capitalize()
+    title = "What each technique changes, against the same training without it"
     colours = {"helps": GREEN, "hurts": RED, "no clear effect": "0.5"}
     with plot("ablation", title, job.flags, size=(8, 1.5 + 0.4 * len(measured))) as axes:
         axis = axes[0, 0]
@@ -3517,8 +3491,7 @@ def predict_files(job: Job) -> None:
     runs, saved, temperature = stored_models(job)
     classes = saved["classes"]
     side = saved["stored_size"]
-    images, unreadable, several = decode_all(paths, side, runs[0].flags, saved["scale"])
-    say(*first_of(several))
+    images, unreadable = decode_all(paths, side, runs[0].flags, saved["scale"])
     if others:
         say(f"{len(others):,} files are no images and are left out, such as {others[0]}.")
     if unreadable:
