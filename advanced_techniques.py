@@ -1320,7 +1320,6 @@ OTHER_NAMES = {  # flag: what other trainers call it
     "NUM_EPOCHS": "e epoch epochs max-epochs n-epochs num-train-epochs",
     "BASE_LEARNING_RATE": "base-lr learning-rate lr lr0",
     "WEIGHT_DECAY": "decay wd",
-    "LABEL_SMOOTHING": "smoothing",
     "BALANCE": "class-weights weighted",
     "HORIZONTAL_FLIP": "fliplr flip hflip",
     "GRADUAL_UNFREEZING": "freeze freeze-backbone unfreeze",
@@ -1575,10 +1574,8 @@ def load_data(job: Job) -> Data:
     labels = torch.from_numpy(source.labels[everything]).long()
 
     # What a part holds, as places in `everything`, without files that couldn't be read.
-    ends = np.cumsum([len(part) for part in chosen.values()])
-    parts = dict(zip(chosen, np.split(np.arange(len(everything)), ends[:-1]), strict=True))
-    for role, part in parts.items():
-        parts[role] = part[~np.isin(part, list(source.unreadable))]
+    usable = np.delete(np.arange(len(everything)), list(source.unreadable))
+    parts = {role: usable[np.isin(everything[usable], part)] for role, part in chosen.items()}
     check_parts(source, labels, parts)
     origins = source.files or range(len(source.labels))
     names = [printable(origins[place]) for place in everything]
@@ -1836,8 +1833,6 @@ def how_to_sort(folder: Path, loose: list[Path]) -> str:
     if tables:
         find = f"for name, label, *_ in list(csv.reader(open('{tables[0]}')))[1:]:"
         into = "label + '/' + name"
-    elif "\\" in loose[0].name:  # unpacked on another system than it was packed on
-        into = "name.replace('\\\\', '/')"
     seen = " and ".join([loose[0].name, *tables[:1]])
     return (f" {len(loose):,} images lie loose there, such as {seen}. If that tells the classes, "
             f"three lines of Python make class folders, in {loose[0].parent}:\n"
@@ -2211,14 +2206,9 @@ def part_notices(source: Source, labels: Tensor, parts: dict[str, np.ndarray],
     """Sentences on images that are in no part, parts that lack a class, and large updates."""
     unused = len(source.labels) - sum(map(len, parts.values())) - len(source.unreadable)
     if unused > 0:
-        yield (f"{unused:,} of {len(source.labels):,} images are not used. Raise TRAIN_IMAGES or "
-               f"TEST_IMAGES to use more; for validation {MOST_VALIDATION:,} are enough.")
-    there = labels.new_tensor(source.labels).bincount(minlength=len(source.classes))
-    learned = labels[parts["train"]].bincount(minlength=len(source.classes))
-    if unused > 0 and (learned / there).std() > 0.01:  # not all alike
-        shares = [f"{source.classes[label]} {learned[label]:,} of {there[label]:,}"
-                  for label in (learned / there).argsort()[:9]]
-        yield f"TRAIN_IMAGES fills classes up evenly, rare ones whole: {', '.join(shares)}."
+        yield (f"{unused:,} of {len(source.labels):,} images are not used. Raise TRAIN_IMAGES, "
+               "which fills classes up evenly, rare ones whole, or TEST_IMAGES to use more; for "
+               f"validation {MOST_VALIDATION:,} are enough.")
     for role in ("validation", "test"):
         missing = names_missing(source, labels[parts[role]])
         if missing:
@@ -2444,11 +2434,9 @@ def shipped_weights(architecture: str, name: str) -> Weights | None:
 
 def given_weights(name: str, path: Path) -> Weights:
     """What PRETRAINED names for an architecture; stops where it isn't there or no use."""
-    files = [path]
-    if path.is_dir():  # also one that a run handed over
-        files = [path / (name + end) for end in (".safetensors", ".pth", ".pt", ".bin", ".ckpt")]
-        files += [path / HUB_FILE, path / name / HUB_FILE]
-    for file in filter(Path.is_file, files):
+    names = [name + end for end in (".safetensors", ".pth", ".pt", ".bin", ".ckpt")]
+    names += [HUB_FILE, f"{name}/{HUB_FILE}"]  # as a run hands them over
+    for file in filter(Path.is_file, [path, *map(path.joinpath, names)]):
         try:
             return Weights(name, f"weights of {file.name}", fitting(name, str(file)))
         except Exception as error:  # a damaged file raises nearly anything
@@ -2686,18 +2674,16 @@ def by_class(probabilities: Tensor, labels: Tensor, classes: list[str]) -> list[
     of right answers among those that name it; f1: their harmonic mean. None: a share of nothing.
     """
     predicted = probabilities.argmax(1)
-    right = torch.bincount(labels[predicted == labels], minlength=len(classes)).tolist()
-    images = torch.bincount(labels, minlength=len(classes)).tolist()
-    answers = torch.bincount(predicted, minlength=len(classes)).tolist()
+    counted = (labels[predicted == labels], labels, predicted)
+    columns = [one.bincount(minlength=len(classes)).tolist() for one in counted]
     entries = []
-    for place, name in enumerate(classes):
-        recall = right[place] / images[place] if images[place] else None
-        precision = right[place] / answers[place] if answers[place] else None
-        interval = wilson_interval(recall, images[place]) if images[place] else None
+    for name, right, images, answers in zip(classes, *columns, strict=True):
         entries.append(dict(
-            name=name, images=images[place], errors=images[place] - right[place], recall=recall,
-            recall_interval=interval, precision=precision,
-            f1=2 * right[place] / max(1, images[place] + answers[place])))
+            name=name, images=images, errors=images - right,
+            recall=right / images if images else None,
+            recall_interval=wilson_interval(right / images, images) if images else None,
+            precision=right / answers if answers else None,
+            f1=2 * right / max(1, images + answers)))
     return entries
 
 
@@ -2782,11 +2768,8 @@ def why_unused(name: str, off: dict[str, Any], job: Job) -> str:
 
 def train_variant(job: Job, variant: str, off: dict[str, Any]) -> list[Tested]:
     """Train the first model with some flags changed, once a seed; everything's first is there."""
-    tested = []
-    for seed in range(job.flags.ABLATION_SEEDS):
-        if variant == "everything" and seed == 0:
-            tested.append(job.tested[0])
-            continue
+    tested = job.tested[:1] if variant == "everything" else []
+    for seed in range(len(tested), job.flags.ABLATION_SEEDS):
         title = re.sub(r"\W+", "_", f"ablation {variant} {seed + 1}")
         changed = dataclasses.replace(job, flags=SimpleNamespace(**vars(job.flags) | off))
         run = new_run(title, job.weights[0], job.flags.SEED + seed, changed)
@@ -3295,7 +3278,7 @@ def diagnose_model(model: dict[str, Any], results: dict[str, Any]) -> Iterator[s
 
 
 def diagnose_classes(results: dict[str, Any]) -> Iterator[str]:
-    """Are some classes much rarer in training, and does one have most of the errors?"""
+    """Are some classes much rarer in training?"""
     names = results["dataset"]["classes"]
     counts = dict(zip(names, results["dataset"]["train_images_by_class"], strict=True))
     common = max(counts, key=counts.get)
@@ -3304,12 +3287,6 @@ def diagnose_classes(results: dict[str, Any]) -> Iterator[str]:
         yield (f"classes differ in size: {counts[common]:,} images to train on of {common}, "
                f"{counts[rare]:,} of {rare}. Where the rare ones matter as much, try --balance "
                "true; the section Classes shows what it does to both.")
-    errors = sum(entry["errors"] for entry in results["classes"])
-    worst = max(results["classes"], key=lambda entry: entry["errors"])
-    share = worst["images"] / results["dataset"]["test_images"]
-    if errors >= 10 and worst["errors"] / errors > max(0.5, 2 * share):
-        yield (f"class {worst['name']} carries {worst['errors'] / errors:.1%} of all errors, with "
-               f"{share:.1%} of the images: confusion_matrix.png shows what it is taken for.")
 
 
 # ==== Plots: all in one style, and one that fails costs a line ====================================
@@ -3440,11 +3417,10 @@ def plot_rates(job: Job, results: dict[str, Any], final: Tensor) -> None:
     with plot("learning_rates", title, job.flags) as axes:
         axis = axes[0, 0]
         for layer, label in enumerate(list(run.groups)[:most]):
-            rates = np.full(epochs * updates, np.nan)
-            for update in range(len(rates)):
-                if layer < groups_learning(update // updates, run):
-                    rates[update] = learning_rate(update, layer, updates, run)
-            axis.plot(np.arange(len(rates)) / updates, rates, label=label, linewidth=1.5)
+            learning = [update for update in range(epochs * updates)
+                        if layer < groups_learning(update // updates, run)]
+            rates = [learning_rate(update, layer, updates, run) for update in learning]
+            axis.plot(np.array(learning) / updates, rates, label=label, linewidth=1.5)
         axis.set(xlabel="epochs done", ylabel="learning rate", yscale="log",
                  ylim=(run.flags.BASE_LEARNING_RATE * 1e-4, None))
         axis.legend(frameon=False, fontsize=8, loc="lower left")
@@ -3687,18 +3663,13 @@ def resizing(length: int, other: int, side: int, fit: str) -> tuple[Tensor, Tens
     size = pixels.amax() + 1  # a tensor, so that the program takes any length
     other_size = torch.arange(other, dtype=torch.float64).amax() + 1
     squares = torch.arange(side, dtype=torch.float64)
-    start = torch.zeros_like(size)  # where the image's shown part begins, in its pixels
-    first = torch.zeros_like(size)  # the first of the pixels that show it
-    count = first + side  # how many do
-    shown = size  # the extent of what is shown
-    if fit == "crop":
-        shown = torch.minimum(size, other_size)
-        start = (size - shown) / 2
-    elif fit == "pad":
+    shown = torch.minimum(size, other_size) if fit == "crop" else size  # so much of the extent
+    count = torch.full_like(size, side)  # so many pixels show it
+    if fit == "pad":
         count = (size * side / torch.maximum(size, other_size)).round().clamp(min=1)
-        first = ((side - count) / 2).floor()
+    first = ((side - count) / 2).floor()  # the first of them
     scale = shown / count
-    centres = start + (squares - first + 0.5) * scale
+    centres = (size - shown) / 2 + (squares - first + 0.5) * scale
     distances = (pixels + 0.5 - centres[:, None]).abs()
     visible = (squares >= first) & (squares < first + count)
     weights = (1 - distances / scale.clamp(min=1)).clamp(min=0) * visible[:, None]
