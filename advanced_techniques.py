@@ -711,11 +711,8 @@ def can_keep_features(run: Run, data: Data) -> bool:
 def head_inputs(run: Run, images: Tensor) -> Tensor:
     """What the network hands to its head for a batch: [n, features], in its own precision."""
     caught: list[Tensor] = []
-
-    def catch(_: nn.Module, inputs: tuple[Tensor]) -> None:
-        caught.append(inputs[0])
-
-    with run.network.get_classifier().register_forward_pre_hook(catch):
+    head = run.network.get_classifier()
+    with head.register_forward_pre_hook(lambda _, inputs: caught.extend(inputs)):
         run.network.forward(images)
     return caught[0]
 
@@ -1068,13 +1065,9 @@ def resume(run: Run, data: Data) -> Tested | None:
             if before != value:
                 changed.append(f"{name} was {before} and is {value}")
         if changed:
-            longer = ""
-            if changed[0].startswith("NUM_EPOCHS"):
-                longer = (" Another schedule is another training: in another OUTPUT_DIR, "
-                          f"--pretrained {file.parent} begins it with these weights.")
             raise Stop(f"RESUME: {file} comes from another run: {'; '.join(changed)}. Set it back, "
-                       "choose another OUTPUT_DIR, or delete the file to train this model anew."
-                       f"{longer}")
+                       f"choose another OUTPUT_DIR, where --pretrained {file.parent} begins with "
+                       "these weights, or delete the file to train this model anew.")
         if "finished" in saved:
             say(f"  RESUME: {file} holds the finished model.")
             return Tested(**saved["finished"])
@@ -1685,7 +1678,6 @@ OUTLINES = {  # points on a circle; where every other one lies, as a share of th
     "star": (10, 0.4),
 }
 SHAPES = [*OUTLINES, *(f"hollow {name}" for name in OUTLINES)]
-FINE = 4  # how many times too large outlines are drawn, so that their edges are smooth
 
 
 def shapes(flags: SimpleNamespace, count: int = 20_000) -> Source:
@@ -1706,7 +1698,7 @@ def shapes(flags: SimpleNamespace, count: int = 20_000) -> Source:
 def draw_shape(label: int, random: np.random.Generator, side: int) -> np.ndarray:
     """One textured shape on a textured ground, part of it behind a bar: uint8 [3, side, side]."""
     # 1. Where it lies: turned, scaled, flattened and moved. What is hollow has a hole of its form.
-    large = FINE * side
+    large = 4 * side  # too large at first, so that the edges get smooth
     count, inner = OUTLINES[SHAPES[label].removeprefix("hollow ")]
     angles = random.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(count) / count
     radii = np.where(np.arange(count) % 2, inner, 1) * random.uniform(0.22, 0.4) * large
@@ -2289,19 +2281,19 @@ def copy_notices(parts: dict[str, np.ndarray], number: np.ndarray, labels: Tenso
                  names: list[str]) -> Iterator[str]:
     """Sentences on images that are there more than once, each with an example."""
     chosen = np.sort(np.concatenate(list(parts.values())))
-    values, first, counts = np.unique(number[chosen], return_index=True, return_counts=True)
-    if len(values) < len(chosen):
-        twice = values[counts > 1][0]
-        one, other = chosen[number[chosen] == twice][:2]
-        yield (f"COPIES: {len(chosen) - len(values):,} images show the same as others, if only "
-               f"encoded anew, resized or mirrored, such as {names[one]} and {names[other]}. As "
-               "far as the split is this run's, copies are kept in one part.")
+    _, first, which = np.unique(number[chosen], return_index=True, return_inverse=True)
+    original = chosen[first][which]  # of each: the first image that shows the same
+    copies = np.flatnonzero(chosen != original)
+    if len(copies):
+        yield (f"COPIES: {len(copies):,} images show the same as others, if only encoded anew, "
+               f"resized or mirrored, such as {names[original[copies[0]]]} and "
+               f"{names[chosen[copies[0]]]}. As far as the split is this run's, copies are kept in "
+               "one part.")
     yield from torn_notices(parts, number, names, "COPIES: {} are")
-    original = dict(zip(values, chosen[first], strict=True))
-    torn = [place for place in chosen if labels[place] != labels[original[number[place]]]]
-    if torn:
+    torn = np.flatnonzero(labels[chosen] != labels[original])
+    if len(torn):
         yield (f"COPIES: {len(torn):,} images lie in more than one class, such as "
-               f"{names[torn[0]]} and {names[original[number[torn[0]]]]}: a label is wrong.")
+               f"{names[chosen[torn[0]]]} and {names[original[torn[0]]]}: a label is wrong.")
 
 
 def torn_notices(parts: dict[str, np.ndarray], number: np.ndarray, names: list[str],
@@ -2643,10 +2635,8 @@ def calibrate(validation: Tensor, test: Tensor, data: Data) -> dict[str, Any]:
     mistakes = int((~is_right(validation, truth)).sum())
     if len(truth) < 100 or mistakes < 10:
         return dict(temperature=None, calibrated_loss=None, calibrated_error=None)
-    losses = {}
-    for temperature in np.geomspace(0.1, 10, 461).tolist():  # steps of one per cent
-        losses[temperature], _ = score(at_temperature(validation, temperature), truth)
-    best = min(losses, key=losses.get)
+    temperatures = np.geomspace(0.1, 10, 461).tolist()  # steps of one per cent
+    best = min(temperatures, key=lambda one: score(at_temperature(validation, one), truth)[0])
     figures = judge(at_temperature(test, best), data.truth("test"))
     return dict(temperature=best, calibrated_loss=figures["loss"],
                 calibrated_error=figures["calibration_error"])
@@ -3248,7 +3238,15 @@ def diagnose(results: dict[str, Any]) -> list[str]:
     if vote["accuracy"] is not None and vote["tta_gain_interval"][0] <= 0:
         found.append("The ensemble does not clearly help. With USE_ENSEMBLE false the model best "
                      "on validation alone answers, in less time.")
-    return [*found, *diagnose_classes(results)]
+    data = results["dataset"]
+    counts = dict(zip(data["classes"], data["train_images_by_class"], strict=True))
+    common = max(counts, key=counts.get)
+    rare = min(counts, key=counts.get)
+    if counts[common] > 3 * counts[rare] and not results["flags"]["BALANCE"]:
+        found.append(f"classes differ in size: {counts[common]:,} images to train on of {common}, "
+                     f"{counts[rare]:,} of {rare}. Where the rare ones matter as much, try "
+                     "--balance true; the section Classes shows what it does to both.")
+    return found
 
 
 def diagnose_model(model: dict[str, Any], results: dict[str, Any]) -> Iterator[str]:
@@ -3277,18 +3275,6 @@ def diagnose_model(model: dict[str, Any], results: dict[str, Any]) -> Iterator[s
                "and right matter in these images, set HORIZONTAL_FLIP to false instead.")
 
 
-def diagnose_classes(results: dict[str, Any]) -> Iterator[str]:
-    """Are some classes much rarer in training?"""
-    names = results["dataset"]["classes"]
-    counts = dict(zip(names, results["dataset"]["train_images_by_class"], strict=True))
-    common = max(counts, key=counts.get)
-    rare = min(counts, key=counts.get)
-    if counts[common] > 3 * counts[rare] and not results["flags"]["BALANCE"]:
-        yield (f"classes differ in size: {counts[common]:,} images to train on of {common}, "
-               f"{counts[rare]:,} of {rare}. Where the rare ones matter as much, try --balance "
-               "true; the section Classes shows what it does to both.")
-
-
 # ==== Plots: all in one style, and one that fails costs a line ====================================
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito's:
@@ -3307,8 +3293,8 @@ def plot(name: str, title: str, flags: SimpleNamespace, grid: tuple[int, int] = 
     with rc_context({"font.family": families}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that no font has
         figure = Figure(figsize=size, layout="constrained", dpi=110)
-        lines = textwrap.wrap(title, round(9 * size[0]))  # nine bold letters take an inch
-        figure.suptitle("\n".join(lines), fontsize=12, fontweight="bold")
+        title = textwrap.fill(title, round(9 * size[0]))  # nine bold letters take an inch
+        figure.suptitle(title, fontsize=12, fontweight="bold")
         axes = figure.subplots(*grid, squeeze=False)
         for axis in axes.flat:
             axis.spines[["top", "right"]].set_visible(False)
