@@ -1778,7 +1778,8 @@ def image_folder(folder: Path, flags: SimpleNamespace) -> Source:
     classes = sorted(set(names))
     if len(classes) < 2:
         raise Stop(f"DATASET = {folder}: it has to hold at least two class folders with images; "
-                   f"found {', '.join(classes) or 'none'}.{how_to_sort(folder, loose)}")
+                   f"found {', '.join(classes) or 'none'}, and {len(loose):,} images in none. Put "
+                   "each image into a folder named as its class.")
     for left, what in ((others, "files are no images"), (loose, "images lie in no class folder")):
         if left:
             notices.append(f"{len(left):,} {what} and are left out, such as {printable(left[0])}.")
@@ -1813,22 +1814,6 @@ def find_clips(source: Source, clips: list[str]) -> None:
             f"CLIPS: by their inner folders, or names alike but for the last number, the images "
             f"come in {len(first):,} clips, such as {printable(clips[0])}. As far as the split is "
             "this run's, a clip is kept in one part.")
-
-
-def how_to_sort(folder: Path, loose: list[Path]) -> str:
-    """What lies in a folder that has no class folders, and three lines of Python that make them."""
-    if not loose:
-        return ""
-    find = f"for name in glob.glob('*{loose[0].suffix}'):"
-    into = "re.split(r'[\\W\\d_]+', name)[0] + '/' + name"
-    tables = [table.name for table in sorted(loose[0].parent.glob("*.csv"))]
-    if tables:
-        find = f"for name, label, *_ in list(csv.reader(open('{tables[0]}')))[1:]:"
-        into = "label + '/' + name"
-    seen = " and ".join([loose[0].name, *tables[:1]])
-    return (f" {len(loose):,} images lie loose there, such as {seen}. If that tells the classes, "
-            f"three lines of Python make class folders, in {loose[0].parent}:\n"
-            f"    import csv, glob, os, re\n    {find}\n        os.renames(name, {into})")
 
 
 def read_files(source: Source, chosen: np.ndarray, flags: SimpleNamespace) -> np.ndarray:
