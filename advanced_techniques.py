@@ -1778,8 +1778,7 @@ def image_folder(folder: Path, flags: SimpleNamespace) -> Source:
     classes = sorted(set(names))
     if len(classes) < 2:
         raise Stop(f"DATASET = {folder}: it has to hold at least two class folders with images; "
-                   f"found {', '.join(classes) or 'none'}, and {len(loose):,} images in none. Put "
-                   "each image into a folder named as its class.")
+                   f"found {', '.join(classes) or 'none'}, and {len(loose):,} images in none.")
     for left, what in ((others, "files are no images"), (loose, "images lie in no class folder")):
         if left:
             notices.append(f"{len(left):,} {what} and are left out, such as {printable(left[0])}.")
@@ -1819,8 +1818,7 @@ def find_clips(source: Source, clips: list[str]) -> None:
 def read_files(source: Source, chosen: np.ndarray, flags: SimpleNamespace) -> np.ndarray:
     """The chosen images of a folder: uint8 [n, 3, side, side]."""
     paths = [source.files[place] for place in chosen]
-    side = stored_side(flags)
-    images, source.unreadable = decode_all(paths, side, flags, source.scale)
+    images, source.unreadable = decode_all(paths, stored_side(flags), flags, source.scale)
     if source.unreadable:
         said = listed(source.unreadable, flags)
         if not flags.SKIP_UNREADABLE:
@@ -1979,7 +1977,9 @@ def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
             images[place] = decode(paths[place], side, flags.FIT, scale)
         except Exception as error:  # Pillow raises nearly anything on a damaged file
             images[place] = 0
-            why = why_unreadable(paths[place], error)
+            why = reason(error).removesuffix(f" {str(paths[place])!r}")
+            if paths[place].suffix.lower() in (".heic", ".heif"):
+                why = "a HEIC picture, as iPhones take them. Save it as JPEG"
             unreadable[place] = printable(f"{paths[place]}: {why}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
@@ -2048,15 +2048,6 @@ def squared(image: Image.Image, side: int, fit: str) -> Image.Image:
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
-
-
-def why_unreadable(path: Path, error: Exception) -> str:
-    """Why an image file can't be read, and what to do where that is known."""
-    if path.suffix.lower() in (".heic", ".heif"):
-        return "a HEIC picture, as iPhones take them. Save it as JPEG"
-    if isinstance(error, Image.DecompressionBombError):
-        return "more pixels than are read. Save it smaller, or cut it into parts"
-    return reason(error).removesuffix(f" {str(path)!r}")
 
 
 def extent_of(path: Path) -> list[float] | None:
@@ -2866,9 +2857,7 @@ def measure_speed(run: Run, data: Data) -> dict[str, Any]:
         seconds.setdefault(str(entry["stage"]), []).append(entry["seconds"])
     by_stage = {stage: images * len(spent) / sum(spent) for stage, spent in seconds.items()}
     fp32, fp32_bytes = measure_update(run, data, precision=None)
-    mixed, mixed_bytes = None, None
-    if run.precision is not None:
-        mixed, mixed_bytes = measure_update(run, data, precision=run.precision)
+    mixed, mixed_bytes = measure_update(run, data) if run.precision else (None, None)
     all_layers = mixed or fp32
     needed = images * len(run.epochs) / all_layers  # seconds, with nothing frozen
     saved = 1 - sum(entry["seconds"] for entry in run.epochs) / needed
@@ -3437,8 +3426,7 @@ def predict_files(job: Job) -> None:
         others += more
     runs, saved, temperature = stored_models(job)
     classes = saved["classes"]
-    side = saved["stored_size"]
-    images, unreadable = decode_all(paths, side, runs[0].flags, saved["scale"])
+    images, unreadable = decode_all(paths, saved["stored_size"], runs[0].flags, saved["scale"])
     if others:
         say(f"{len(others):,} files are no images and are left out, such as {others[0]}.")
     if unreadable:
@@ -3473,10 +3461,9 @@ def say_accuracy(paths: list[Path], probabilities: Tensor, classes: list[str]) -
     """Print the accuracy over the images whose paths, below PREDICT, name a class."""
     known = {}  # place among the paths: label
     for place, path in enumerate(paths):
-        for name in path.parts[:-1]:
-            spelled = printable(unicodedata.normalize("NFC", name))
-            if spelled in classes:
-                known.setdefault(place, classes.index(spelled))
+        spelled = printable(unicodedata.normalize("NFC", str(path.parent)))
+        for name in filter(classes.__contains__, spelled.split(os.sep)):
+            known.setdefault(place, classes.index(name))
     if known:
         truth = torch.tensor(list(known.values()))
         answers = probabilities[list(known)]

@@ -115,7 +115,7 @@ def job_on(folder: Path, memory: float, **changes) -> at.Job:
 UNREADABLE = {  # name: content, and what is said of it
     "empty.jpg": (b"", "cannot identify image file"),
     "phone.HEIC": (b"\0\0\0\x18ftypheic" + b"\0" * 40, "Save it as JPEG"),
-    "bomb.png": (png(20_000, 20_000, 8, b"\0"), "Save it smaller"),
+    "bomb.png": (png(20_000, 20_000, 8, b"\0"), "exceeds limit"),
     "text.jpg": (b"My notes", ""),
     "zeros.png": (b"\0" * 4096, ""),
     "no_pixels.png": (png(0, 0, 8, b"\0"), ""),
