@@ -711,11 +711,8 @@ def can_keep_features(run: Run, data: Data) -> bool:
 def head_inputs(run: Run, images: Tensor) -> Tensor:
     """What the network hands to its head for a batch: [n, features], in its own precision."""
     caught: list[Tensor] = []
-
-    def catch(_: nn.Module, inputs: tuple[Tensor]) -> None:
-        caught.append(inputs[0])
-
-    with run.network.get_classifier().register_forward_pre_hook(catch):
+    head = run.network.get_classifier()
+    with head.register_forward_pre_hook(lambda _, inputs: caught.extend(inputs)):
         run.network.forward(images)
     return caught[0]
 
@@ -1012,9 +1009,9 @@ def checkpoint_file(name: str, flags: SimpleNamespace) -> Path:
 def signature_of(run: Run, data: Data) -> dict[str, Any]:
     """What has to be the same for training to go on: flags that matter, the model, the images."""
     signature = {name: getattr(run.flags, name) for name in DECISIVE}
-    update = run.flags.BATCH_SIZE * run.flags.GRADIENT_ACCUMULATION_STEPS
     return signature | {
-        "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS": update,
+        "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS": (
+            run.flags.BATCH_SIZE * run.flags.GRADIENT_ACCUMULATION_STEPS),
         "the model's architecture": run.weights.architecture,
         "the model's first weights": run.weights.origin,
         "SEED plus the model's place in ARCHITECTURES": run.seed,
@@ -1068,13 +1065,9 @@ def resume(run: Run, data: Data) -> Tested | None:
             if before != value:
                 changed.append(f"{name} was {before} and is {value}")
         if changed:
-            longer = ""
-            if changed[0].startswith("NUM_EPOCHS"):
-                longer = (" Another schedule is another training: in another OUTPUT_DIR, "
-                          f"--pretrained {file.parent} begins it with these weights.")
             raise Stop(f"RESUME: {file} comes from another run: {'; '.join(changed)}. Set it back, "
-                       "choose another OUTPUT_DIR, or delete the file to train this model anew."
-                       f"{longer}")
+                       f"choose another OUTPUT_DIR, where --pretrained {file.parent} begins with "
+                       "these weights, or delete the file to train this model anew.")
         if "finished" in saved:
             say(f"  RESUME: {file} holds the finished model.")
             return Tested(**saved["finished"])
@@ -1320,7 +1313,6 @@ OTHER_NAMES = {  # flag: what other trainers call it
     "NUM_EPOCHS": "e epoch epochs max-epochs n-epochs num-train-epochs",
     "BASE_LEARNING_RATE": "base-lr learning-rate lr lr0",
     "WEIGHT_DECAY": "decay wd",
-    "LABEL_SMOOTHING": "smoothing",
     "BALANCE": "class-weights weighted",
     "HORIZONTAL_FLIP": "fliplr flip hflip",
     "GRADUAL_UNFREEZING": "freeze freeze-backbone unfreeze",
@@ -1575,10 +1567,8 @@ def load_data(job: Job) -> Data:
     labels = torch.from_numpy(source.labels[everything]).long()
 
     # What a part holds, as places in `everything`, without files that couldn't be read.
-    ends = np.cumsum([len(part) for part in chosen.values()])
-    parts = dict(zip(chosen, np.split(np.arange(len(everything)), ends[:-1]), strict=True))
-    for role, part in parts.items():
-        parts[role] = part[~np.isin(part, list(source.unreadable))]
+    usable = np.delete(np.arange(len(everything)), list(source.unreadable))
+    parts = {role: usable[np.isin(everything[usable], part)] for role, part in chosen.items()}
     check_parts(source, labels, parts)
     origins = source.files or range(len(source.labels))
     names = [printable(origins[place]) for place in everything]
@@ -1642,14 +1632,8 @@ def find_source(flags: SimpleNamespace) -> Source:
 
 def cifar10(flags: SimpleNamespace) -> Source:
     """CIFAR-10 (Krizhevsky, 2009): torchvision downloads it, checks it and unpacks it."""
-    kind = torchvision.datasets.CIFAR10
-    try:
-        train = kind(flags.DATA_DIR)
-    except Exception:  # it isn't there, or something of it is damaged or gone
-        torchvision.datasets.utils.download_and_extract_archive(
-            kind.url, flags.DATA_DIR, filename=kind.filename, md5=kind.tgz_md5)
-        train = kind(flags.DATA_DIR)
-    test = kind(flags.DATA_DIR, train=False)
+    train = torchvision.datasets.CIFAR10(flags.DATA_DIR, download=True)
+    test = torchvision.datasets.CIFAR10(flags.DATA_DIR, train=False)
     images = np.concatenate([train.data, test.data]).transpose(0, 3, 1, 2)
     labels = np.concatenate([train.targets, test.targets])
     return published("CIFAR-10", train.classes, images, labels, len(test))
@@ -1686,27 +1670,14 @@ def published(name: str, classes: list[str], images: np.ndarray, labels: np.ndar
 # ==== Drawn shapes: the built-in data set =========================================================
 
 
-def ring(points: int, radius: float = 1.0, inner: float = 1.0, middle: float = 0.0) -> np.ndarray:
-    """Points [n, 2] around the middle, every other one at the inner share of the radius."""
-    angles = 2 * np.pi * np.arange(points) / points
-    radii = radius * np.where(np.arange(points) % 2, inner, 1)
-    return np.stack([middle + radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
-
-
-ARMS = [-1, -0.25, -0.25, 0.25, 0.25, 1, 1, 0.25, 0.25, -0.25, -0.25, -1]  # of a cross, from left
-SHAPES = {  # the outlines of each, of which the later ones are cut out of the first
-    "circle": [ring(48, 0.9)],
-    "half": [ring(48)[:25]],
-    "ring": [ring(48, 0.95), ring(48, 0.55)],
-    "crescent": [ring(48), ring(48, 0.8, middle=0.5)],
-    "triangle": [ring(3)],
-    "square": [ring(4)],
-    "frame": [ring(4), ring(4, 0.6)],
-    "pentagon": [ring(5)],
-    "cross": [np.stack([ARMS, np.roll(ARMS, 3)], axis=1)],
-    "star": [ring(10, 1.0, 0.4)],
+OUTLINES = {  # points on a circle; where every other one lies, as a share of the circle's radius
+    "disc": (48, 1.0),
+    "triangle": (6, 0.5),
+    "square": (8, 0.71),
+    "cross": (8, 0.35),
+    "star": (10, 0.4),
 }
-FINE = 4  # how many times too large outlines are drawn, so that their edges are smooth
+SHAPES = [*OUTLINES, *(f"hollow {name}" for name in OUTLINES)]
 
 
 def shapes(flags: SimpleNamespace, count: int = 20_000) -> Source:
@@ -1721,21 +1692,23 @@ def shapes(flags: SimpleNamespace, count: int = 20_000) -> Source:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return np.stack(list(progress(pool.map(draw, chosen), "drawing", len(chosen))))
 
-    return Source("shapes", list(SHAPES), labels, np.full(count, ""), read)
+    return Source("shapes", SHAPES, labels, np.full(count, ""), read)
 
 
 def draw_shape(label: int, random: np.random.Generator, side: int) -> np.ndarray:
     """One textured shape on a textured ground, part of it behind a bar: uint8 [3, side, side]."""
-    # 1. Where it lies: turned, scaled, flattened and moved.
-    large = FINE * side
-    turn = random.uniform(-0.6, 0.6)
-    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    stretch = random.uniform(0.22, 0.4) * large * np.array([1, random.uniform(0.8, 1)])
+    # 1. Where it lies: turned, scaled, flattened and moved. What is hollow has a hole of its form.
+    large = 4 * side  # too large at first, so that the edges get smooth
+    count, inner = OUTLINES[SHAPES[label].removeprefix("hollow ")]
+    angles = random.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(count) / count
+    radii = np.where(np.arange(count) % 2, inner, 1) * random.uniform(0.22, 0.4) * large
+    flat = random.uniform(0.8, 1)
+    outline = np.stack([radii * np.sin(angles), flat * radii * np.cos(angles)], axis=1)
     centre = large / 2 + random.uniform(-0.1, 0.1, 2) * large
     mask = Image.new("L", (large, large))
-    for place, outline in enumerate(list(SHAPES.values())[label]):
-        points = outline * stretch @ rotation + centre
-        ImageDraw.Draw(mask).polygon(list(map(tuple, points)), 0 if place else 255)
+    ImageDraw.Draw(mask).polygon((outline + centre).ravel().tolist(), 255)
+    if SHAPES[label].startswith("hollow"):
+        ImageDraw.Draw(mask).polygon((outline * 0.5 + centre).ravel().tolist(), 0)
     ImageDraw.Draw(mask).line(random.uniform(0, large, 4).tolist(), 0, int(0.05 * large))  # a bar
     inside = np.asarray(mask.resize((side, side), Image.Resampling.BOX)) / 255
 
@@ -1805,7 +1778,7 @@ def image_folder(folder: Path, flags: SimpleNamespace) -> Source:
     classes = sorted(set(names))
     if len(classes) < 2:
         raise Stop(f"DATASET = {folder}: it has to hold at least two class folders with images; "
-                   f"found {', '.join(classes) or 'none'}.{how_to_sort(folder, loose)}")
+                   f"found {', '.join(classes) or 'none'}, and {len(loose):,} images in none.")
     for left, what in ((others, "files are no images"), (loose, "images lie in no class folder")):
         if left:
             notices.append(f"{len(left):,} {what} and are left out, such as {printable(left[0])}.")
@@ -1842,30 +1815,10 @@ def find_clips(source: Source, clips: list[str]) -> None:
             "this run's, a clip is kept in one part.")
 
 
-def how_to_sort(folder: Path, loose: list[Path]) -> str:
-    """What lies in a folder that has no class folders, and three lines of Python that make them."""
-    if not loose:
-        return ""
-    find = f"for name in glob.glob('*{loose[0].suffix}'):"
-    into = "re.split(r'[\\W\\d_]+', name)[0] + '/' + name"
-    tables = [table.name for table in sorted(loose[0].parent.glob("*.csv"))]
-    if tables:
-        find = f"for name, label, *_ in list(csv.reader(open('{tables[0]}')))[1:]:"
-        into = "label + '/' + name"
-    elif "\\" in loose[0].name:  # unpacked on another system than it was packed on
-        into = "name.replace('\\\\', '/')"
-    seen = " and ".join([loose[0].name, *tables[:1]])
-    return (f" {len(loose):,} images lie loose there, such as {seen}. If that tells the classes, "
-            f"three lines of Python make class folders, in {loose[0].parent}:\n"
-            f"    import csv, glob, os, re\n    {find}\n        os.renames(name, {into})")
-
-
 def read_files(source: Source, chosen: np.ndarray, flags: SimpleNamespace) -> np.ndarray:
     """The chosen images of a folder: uint8 [n, 3, side, side]."""
     paths = [source.files[place] for place in chosen]
-    side = stored_side(flags)
-    images, source.unreadable, several = decode_all(paths, side, flags, source.scale)
-    source.notices += first_of(several)
+    images, source.unreadable = decode_all(paths, stored_side(flags), flags, source.scale)
     if source.unreadable:
         said = listed(source.unreadable, flags)
         if not flags.SKIP_UNREADABLE:
@@ -1941,12 +1894,8 @@ def is_hidden(name: str) -> bool:
 def folders_in(folder: Path) -> list[Path]:
     """The folders in a folder, sorted, hidden ones left out, and links that lead back to it."""
     here = Path(os.path.realpath(folder))
-    found = []
-    for path in sorted(folder.iterdir()):
-        leads_back = here.is_relative_to(os.path.realpath(path))
-        if path.is_dir() and not is_hidden(path.name) and not leads_back:
-            found.append(path)
-    return found
+    return [path for path in sorted(folder.iterdir()) if path.is_dir()
+            and not is_hidden(path.name) and not here.is_relative_to(os.path.realpath(path))]
 
 
 def holds_classes(folder: Path) -> bool:
@@ -1967,26 +1916,18 @@ def image_files(folder: Path, entered: set[str],
 
     In linked folders too, but none twice: `entered` collects the real paths of those looked into.
     """
+    entered.add(os.path.realpath(folder))
     images: list[Path] = []
     others: list[Path] = []
-
-    entered.update(map(str, Path(os.path.realpath(folder)).parents))  # where links may lead back
-
-    def enter(path: Path) -> bool:
-        real = os.path.realpath(path)
-        new = deep and not is_hidden(path.name) and real not in entered
-        entered.add(real)
-        return new
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for place, inner, names in os.walk(folder, onerror=refuse, followlinks=True):
-        inner[:] = [name for name in sorted(inner) if enter(Path(place, name))]
-        for name in sorted(names):
-            if not is_hidden(name):
-                kind = images if Path(name).suffix.lower() in picture_endings() else others
-                kind.append(Path(place, name))
+    for path in sorted(folder.iterdir()):
+        if not is_hidden(path.name) and not path.is_dir():
+            kind = images if path.suffix.lower() in picture_endings() else others
+            kind.append(path)
+    for inner in folders_in(folder) if deep else []:
+        if os.path.realpath(inner) not in entered:
+            found, more = image_files(inner, entered)
+            images += found
+            others += more
     return images, others
 
 
@@ -2022,23 +1963,23 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 
 def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
-               scale: list[float]) -> tuple[np.ndarray, dict[int, str], list[Path]]:
-    """All the images, uint8 [n, 3, side, side]; why which files can't be read; which hold several.
+               scale: list[float]) -> tuple[np.ndarray, dict[int, str]]:
+    """All the images, uint8 [n, 3, side, side], and why which files can't be read.
 
     scale: the values shown black and white in pixels of more than 8 bits, one for the whole data
     set. Where it is empty, and there are such pixels, it is found in these images, and filled.
     """
     images = room_for((len(paths), 3, side, side), flags)
     unreadable: dict[int, str] = {}
-    several: list[Path] = []
 
     def read(place: int) -> None:
         try:
-            images[place], pictures = decode(paths[place], side, flags.FIT, scale)
-            several.extend([paths[place]] * (pictures > 1))
+            images[place] = decode(paths[place], side, flags.FIT, scale)
         except Exception as error:  # Pillow raises nearly anything on a damaged file
             images[place] = 0
-            why = why_unreadable(paths[place], error)
+            why = reason(error).removesuffix(f" {str(paths[place])!r}")
+            if paths[place].suffix.lower() in (".heic", ".heif"):
+                why = "a HEIC picture, as iPhones take them. Save it as JPEG"
             unreadable[place] = printable(f"{paths[place]}: {why}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
@@ -2050,14 +1991,7 @@ def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
                 low, high = np.sort(extents, axis=0).T
                 scale += [float(low[spare]), max(float(high[-1 - spare]), float(low[spare]) + 1e-6)]
         list(progress(pool.map(read, range(len(paths))), "decoding", len(paths)))
-    return images, unreadable, several
-
-
-def first_of(several: list[Path]) -> Iterator[str]:
-    """A sentence on files that hold several pictures, if there are any."""
-    if several:
-        yield (f"{len(several):,} files hold several pictures, of which the first is taken, such "
-               f"as {printable(min(several))}.")
+    return images, unreadable
 
 
 def room_for(shape: tuple[int, ...], flags: SimpleNamespace) -> np.ndarray:
@@ -2077,8 +2011,8 @@ def room_for(shape: tuple[int, ...], flags: SimpleNamespace) -> np.ndarray:
                    "or lower TRAIN_IMAGES or IMAGE_SIZE.") from None
 
 
-def decode(path: Path, side: int, fit: str, scale: list[float]) -> tuple[np.ndarray, int]:
-    """An image file's uint8 [3, side, side], made a square as FIT has it; how many it holds.
+def decode(path: Path, side: int, fit: str, scale: list[float]) -> np.ndarray:
+    """An image file's first picture, uint8 [3, side, side], made a square as FIT has it.
 
     As it is meant to be seen: turned as its EXIF data say, transparency laid over white, more than
     8 bits shown at the scale. OSError, or another of Pillow's errors, if it can't be read.
@@ -2087,9 +2021,6 @@ def decode(path: Path, side: int, fit: str, scale: list[float]) -> tuple[np.ndar
         raise OSError("not a file")  # as a pipe
     with Image.open(path) as image:
         image.load()
-        pictures = getattr(image, "n_frames", 1)
-        if image.format == "MPO":  # cameras add smaller ones, or the other eye's
-            pictures = 1
         with contextlib.suppress(Exception):  # EXIF data that nobody can understand
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # more than 8 bits: Pillow would clip them
@@ -2101,7 +2032,7 @@ def decode(path: Path, side: int, fit: str, scale: list[float]) -> tuple[np.ndar
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         square = squared(image.convert("RGB"), side, fit)
-        return np.asarray(square).transpose(2, 0, 1), pictures
+        return np.asarray(square).transpose(2, 0, 1)
 
 
 def squared(image: Image.Image, side: int, fit: str) -> Image.Image:
@@ -2117,15 +2048,6 @@ def squared(image: Image.Image, side: int, fit: str) -> Image.Image:
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
-
-
-def why_unreadable(path: Path, error: Exception) -> str:
-    """Why an image file can't be read, and what to do where that is known."""
-    if path.suffix.lower() in (".heic", ".heif"):
-        return "a HEIC picture, as iPhones take them. Save it as JPEG"
-    if isinstance(error, Image.DecompressionBombError):
-        return "more pixels than are read. Save it smaller, or cut it into parts"
-    return reason(error).removesuffix(f" {str(path)!r}")
 
 
 def extent_of(path: Path) -> list[float] | None:
@@ -2252,14 +2174,9 @@ def part_notices(source: Source, labels: Tensor, parts: dict[str, np.ndarray],
     """Sentences on images that are in no part, parts that lack a class, and large updates."""
     unused = len(source.labels) - sum(map(len, parts.values())) - len(source.unreadable)
     if unused > 0:
-        yield (f"{unused:,} of {len(source.labels):,} images are not used. Raise TRAIN_IMAGES or "
-               f"TEST_IMAGES to use more; for validation {MOST_VALIDATION:,} are enough.")
-    there = labels.new_tensor(source.labels).bincount(minlength=len(source.classes))
-    learned = labels[parts["train"]].bincount(minlength=len(source.classes))
-    if unused > 0 and (learned / there).std() > 0.01:  # not all alike
-        shares = [f"{source.classes[label]} {learned[label]:,} of {there[label]:,}"
-                  for label in (learned / there).argsort()[:9]]
-        yield f"TRAIN_IMAGES fills classes up evenly, rare ones whole: {', '.join(shares)}."
+        yield (f"{unused:,} of {len(source.labels):,} images are not used. Raise TRAIN_IMAGES, "
+               "which fills classes up evenly, rare ones whole, or TEST_IMAGES to use more; for "
+               f"validation {MOST_VALIDATION:,} are enough.")
     for role in ("validation", "test"):
         missing = names_missing(source, labels[parts[role]])
         if missing:
@@ -2340,19 +2257,19 @@ def copy_notices(parts: dict[str, np.ndarray], number: np.ndarray, labels: Tenso
                  names: list[str]) -> Iterator[str]:
     """Sentences on images that are there more than once, each with an example."""
     chosen = np.sort(np.concatenate(list(parts.values())))
-    values, first, counts = np.unique(number[chosen], return_index=True, return_counts=True)
-    if len(values) < len(chosen):
-        twice = values[counts > 1][0]
-        one, other = chosen[number[chosen] == twice][:2]
-        yield (f"COPIES: {len(chosen) - len(values):,} images show the same as others, if only "
-               f"encoded anew, resized or mirrored, such as {names[one]} and {names[other]}. As "
-               "far as the split is this run's, copies are kept in one part.")
+    _, first, which = np.unique(number[chosen], return_index=True, return_inverse=True)
+    original = chosen[first][which]  # of each: the first image that shows the same
+    copies = np.flatnonzero(chosen != original)
+    if len(copies):
+        yield (f"COPIES: {len(copies):,} images show the same as others, if only encoded anew, "
+               f"resized or mirrored, such as {names[original[copies[0]]]} and "
+               f"{names[chosen[copies[0]]]}. As far as the split is this run's, copies are kept in "
+               "one part.")
     yield from torn_notices(parts, number, names, "COPIES: {} are")
-    original = dict(zip(values, chosen[first], strict=True))
-    torn = [place for place in chosen if labels[place] != labels[original[number[place]]]]
-    if torn:
+    torn = np.flatnonzero(labels[chosen] != labels[original])
+    if len(torn):
         yield (f"COPIES: {len(torn):,} images lie in more than one class, such as "
-               f"{names[torn[0]]} and {names[original[number[torn[0]]]]}: a label is wrong.")
+               f"{names[chosen[torn[0]]]} and {names[original[torn[0]]]}: a label is wrong.")
 
 
 def torn_notices(parts: dict[str, np.ndarray], number: np.ndarray, names: list[str],
@@ -2485,11 +2402,9 @@ def shipped_weights(architecture: str, name: str) -> Weights | None:
 
 def given_weights(name: str, path: Path) -> Weights:
     """What PRETRAINED names for an architecture; stops where it isn't there or no use."""
-    files = [path]
-    if path.is_dir():  # also one that a run handed over
-        files = [path / (name + end) for end in (".safetensors", ".pth", ".pt", ".bin", ".ckpt")]
-        files += [path / HUB_FILE, path / name / HUB_FILE]
-    for file in filter(Path.is_file, files):
+    names = [name + end for end in (".safetensors", ".pth", ".pt", ".bin", ".ckpt")]
+    names += [HUB_FILE, f"{name}/{HUB_FILE}"]  # as a run hands them over
+    for file in filter(Path.is_file, [path, *map(path.joinpath, names)]):
         try:
             return Weights(name, f"weights of {file.name}", fitting(name, str(file)))
         except Exception as error:  # a damaged file raises nearly anything
@@ -2518,18 +2433,11 @@ def fitting(name: str, file: str) -> dict[str, Any]:
         overlay = dict(state_dict=held)
     head = held.get(f"{timm.get_pretrained_cfg(name).classifier}.weight")
     classes = 0 if head is None else len(head)
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that copying to the meta device does nothing: true
-            timm.create_model(name, pretrained=True, num_classes=classes,
-                              pretrained_cfg_overlay=overlay | dict(num_classes=classes,
-                                                                    label_offset=0))
-    except Exception:
-        missing = [key for key in wanted if key not in held][:3]
-        if not missing:
-            raise
-        raise ValueError(f"it wants {', '.join(missing)}, the file has "
-                         f"{', '.join(list(held)[:3])}") from None
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that copying to the meta device does nothing: true
+        timm.create_model(name, pretrained=True, num_classes=classes,
+                          pretrained_cfg_overlay=overlay | dict(num_classes=classes,
+                                                                label_offset=0))
     return overlay
 
 
@@ -2601,9 +2509,8 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
     """
     confidence = probabilities.double().amax(1)
     gaps = confidence - is_right(probabilities, labels).double()
-    bin_of_image = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    bin_sums = torch.zeros(bins, dtype=torch.double).index_add(0, bin_of_image, gaps)
-    return bin_sums.abs().sum().item() / len(labels)
+    bin_of_image = (confidence * bins).ceil().long().clamp(1, bins)
+    return bin_of_image.bincount(gaps).abs().sum().item() / len(labels)
 
 
 def judge(probabilities: Tensor, labels: Tensor, prefix: str = "") -> dict[str, Any]:
@@ -2704,10 +2611,8 @@ def calibrate(validation: Tensor, test: Tensor, data: Data) -> dict[str, Any]:
     mistakes = int((~is_right(validation, truth)).sum())
     if len(truth) < 100 or mistakes < 10:
         return dict(temperature=None, calibrated_loss=None, calibrated_error=None)
-    losses = {}
-    for temperature in np.geomspace(0.1, 10, 461).tolist():  # steps of one per cent
-        losses[temperature], _ = score(at_temperature(validation, temperature), truth)
-    best = min(losses, key=losses.get)
+    temperatures = np.geomspace(0.1, 10, 461).tolist()  # steps of one per cent
+    best = min(temperatures, key=lambda one: score(at_temperature(validation, one), truth)[0])
     figures = judge(at_temperature(test, best), data.truth("test"))
     return dict(temperature=best, calibrated_loss=figures["loss"],
                 calibrated_error=figures["calibration_error"])
@@ -2735,18 +2640,16 @@ def by_class(probabilities: Tensor, labels: Tensor, classes: list[str]) -> list[
     of right answers among those that name it; f1: their harmonic mean. None: a share of nothing.
     """
     predicted = probabilities.argmax(1)
-    right = torch.bincount(labels[predicted == labels], minlength=len(classes)).tolist()
-    images = torch.bincount(labels, minlength=len(classes)).tolist()
-    answers = torch.bincount(predicted, minlength=len(classes)).tolist()
+    counted = (labels[predicted == labels], labels, predicted)
+    columns = [one.bincount(minlength=len(classes)).tolist() for one in counted]
     entries = []
-    for place, name in enumerate(classes):
-        recall = right[place] / images[place] if images[place] else None
-        precision = right[place] / answers[place] if answers[place] else None
-        interval = wilson_interval(recall, images[place]) if images[place] else None
+    for name, right, images, answers in zip(classes, *columns, strict=True):
         entries.append(dict(
-            name=name, images=images[place], errors=images[place] - right[place], recall=recall,
-            recall_interval=interval, precision=precision,
-            f1=2 * right[place] / max(1, images[place] + answers[place])))
+            name=name, images=images, errors=images - right,
+            recall=right / images if images else None,
+            recall_interval=wilson_interval(right / images, images) if images else None,
+            precision=right / answers if answers else None,
+            f1=2 * right / max(1, images + answers)))
     return entries
 
 
@@ -2831,11 +2734,8 @@ def why_unused(name: str, off: dict[str, Any], job: Job) -> str:
 
 def train_variant(job: Job, variant: str, off: dict[str, Any]) -> list[Tested]:
     """Train the first model with some flags changed, once a seed; everything's first is there."""
-    tested = []
-    for seed in range(job.flags.ABLATION_SEEDS):
-        if variant == "everything" and seed == 0:
-            tested.append(job.tested[0])
-            continue
+    tested = job.tested[:1] if variant == "everything" else []
+    for seed in range(len(tested), job.flags.ABLATION_SEEDS):
         title = re.sub(r"\W+", "_", f"ablation {variant} {seed + 1}")
         changed = dataclasses.replace(job, flags=SimpleNamespace(**vars(job.flags) | off))
         run = new_run(title, job.weights[0], job.flags.SEED + seed, changed)
@@ -2916,12 +2816,9 @@ def memory_of(work: Callable[[], Any], device: torch.device) -> int:
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         work()
-    held = 0
-    fullest = 0
-    for event in sorted(profile.events(), key=lambda event: event.time_range.end):
-        held += event.self_cpu_memory_usage  # less than 0 where more was freed
-        fullest = max(fullest, held)
-    return fullest
+    events = sorted(profile.events(), key=lambda event: event.time_range.end)
+    added = [event.self_cpu_memory_usage for event in events]  # below 0 where more was freed
+    return int(np.cumsum(added).max())
 
 
 def trial_update(run: Run, data: Data, groups: int, **changes: Any) -> Callable[[], Tensor]:
@@ -2960,9 +2857,7 @@ def measure_speed(run: Run, data: Data) -> dict[str, Any]:
         seconds.setdefault(str(entry["stage"]), []).append(entry["seconds"])
     by_stage = {stage: images * len(spent) / sum(spent) for stage, spent in seconds.items()}
     fp32, fp32_bytes = measure_update(run, data, precision=None)
-    mixed, mixed_bytes = None, None
-    if run.precision is not None:
-        mixed, mixed_bytes = measure_update(run, data, precision=run.precision)
+    mixed, mixed_bytes = measure_update(run, data) if run.precision else (None, None)
     all_layers = mixed or fp32
     needed = images * len(run.epochs) / all_layers  # seconds, with nothing frozen
     saved = 1 - sum(entry["seconds"] for entry in run.epochs) / needed
@@ -3033,7 +2928,7 @@ def collect_results(job: Job, final: Tensor) -> dict[str, Any]:
     if hasattr(backend, "get_device_name"):
         device = backend.get_device_name(job.device)
     results = dict(
-        flags=vars(job.flags) | dict(ARCHITECTURES=list(job.flags.ARCHITECTURES)),
+        flags=json.loads(json.dumps(vars(job.flags))),  # lists, as who reads the file has them
         environment=dict(device=job.device.type, device_name=device,
                          python=platform.python_version(), torch=torch.__version__,
                          torchvision=torchvision.__version__, timm=timm.__version__),
@@ -3317,7 +3212,15 @@ def diagnose(results: dict[str, Any]) -> list[str]:
     if vote["accuracy"] is not None and vote["tta_gain_interval"][0] <= 0:
         found.append("The ensemble does not clearly help. With USE_ENSEMBLE false the model best "
                      "on validation alone answers, in less time.")
-    return [*found, *diagnose_classes(results)]
+    data = results["dataset"]
+    counts = dict(zip(data["classes"], data["train_images_by_class"], strict=True))
+    common = max(counts, key=counts.get)
+    rare = min(counts, key=counts.get)
+    if counts[common] > 3 * counts[rare] and not results["flags"]["BALANCE"]:
+        found.append(f"classes differ in size: {counts[common]:,} images to train on of {common}, "
+                     f"{counts[rare]:,} of {rare}. Where the rare ones matter as much, try "
+                     "--balance true; the section Classes shows what it does to both.")
+    return found
 
 
 def diagnose_model(model: dict[str, Any], results: dict[str, Any]) -> Iterator[str]:
@@ -3346,24 +3249,6 @@ def diagnose_model(model: dict[str, Any], results: dict[str, Any]) -> Iterator[s
                "and right matter in these images, set HORIZONTAL_FLIP to false instead.")
 
 
-def diagnose_classes(results: dict[str, Any]) -> Iterator[str]:
-    """Are some classes much rarer in training, and does one have most of the errors?"""
-    names = results["dataset"]["classes"]
-    counts = dict(zip(names, results["dataset"]["train_images_by_class"], strict=True))
-    common = max(counts, key=counts.get)
-    rare = min(counts, key=counts.get)
-    if counts[common] > 3 * counts[rare] and not results["flags"]["BALANCE"]:
-        yield (f"classes differ in size: {counts[common]:,} images to train on of {common}, "
-               f"{counts[rare]:,} of {rare}. Where the rare ones matter as much, try --balance "
-               "true; the section Classes shows what it does to both.")
-    errors = sum(entry["errors"] for entry in results["classes"])
-    worst = max(results["classes"], key=lambda entry: entry["errors"])
-    share = worst["images"] / results["dataset"]["test_images"]
-    if errors >= 10 and worst["errors"] / errors > max(0.5, 2 * share):
-        yield (f"class {worst['name']} carries {worst['errors'] / errors:.1%} of all errors, with "
-               f"{share:.1%} of the images: confusion_matrix.png shows what it is taken for.")
-
-
 # ==== Plots: all in one style, and one that fails costs a line ====================================
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito's:
@@ -3376,16 +3261,14 @@ FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Microsoft YaHei", "Hiragino Sans GB
 def plot(name: str, title: str, flags: SimpleNamespace, grid: tuple[int, int] = (1, 1),
          size: tuple[float, float] = (8, 4)) -> Iterator[np.ndarray]:
     """The axes [rows, columns] of a figure, of a size in inches, which is written at the end."""
-    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's, maybe not installed
     from matplotlib import font_manager, rc_context
     from matplotlib.figure import Figure
-    os.environ |= {} if backend is None else {"MPLBACKEND": backend}
     families = [family for family in FONTS if family in font_manager.get_font_names()]
     with rc_context({"font.family": families}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that no font has
         figure = Figure(figsize=size, layout="constrained", dpi=110)
-        lines = textwrap.wrap(title, round(9 * size[0]))  # nine bold letters take an inch
-        figure.suptitle("\n".join(lines), fontsize=12, fontweight="bold")
+        title = textwrap.fill(title, round(9 * size[0]))  # nine bold letters take an inch
+        figure.suptitle(title, fontsize=12, fontweight="bold")
         axes = figure.subplots(*grid, squeeze=False)
         for axis in axes.flat:
             axis.spines[["top", "right"]].set_visible(False)
@@ -3494,11 +3377,10 @@ def plot_rates(job: Job, results: dict[str, Any], final: Tensor) -> None:
     with plot("learning_rates", title, job.flags) as axes:
         axis = axes[0, 0]
         for layer, label in enumerate(list(run.groups)[:most]):
-            rates = np.full(epochs * updates, np.nan)
-            for update in range(len(rates)):
-                if layer < groups_learning(update // updates, run):
-                    rates[update] = learning_rate(update, layer, updates, run)
-            axis.plot(np.arange(len(rates)) / updates, rates, label=label, linewidth=1.5)
+            learning = [update for update in range(epochs * updates)
+                        if layer < groups_learning(update // updates, run)]
+            rates = [learning_rate(update, layer, updates, run) for update in learning]
+            axis.plot(np.array(learning) / updates, rates, label=label, linewidth=1.5)
         axis.set(xlabel="epochs done", ylabel="learning rate", yscale="log",
                  ylim=(run.flags.BASE_LEARNING_RATE * 1e-4, None))
         axis.legend(frameon=False, fontsize=8, loc="lower left")
@@ -3510,10 +3392,7 @@ def plot_ablation(job: Job, results: dict[str, Any], final: Tensor) -> None:
     measured = [row for row in results["ablation"] or [] if not row["why"]]
     if not measured:
         return
-    title = "No technique clearly raises the accuracy here"
-    best = max(measured, key=lambda row: (row["technique"] in TECHNIQUES, row["interval"][0]))
-    if best["verdict"] == "helps":
-        title = f"{best['technique']} helps most: {points(best['change'])} points".capitalize()
+    title = "What each technique changes, against the same training without it"
     colours = {"helps": GREEN, "hurts": RED, "no clear effect": "0.5"}
     with plot("ablation", title, job.flags, size=(8, 1.5 + 0.4 * len(measured))) as axes:
         axis = axes[0, 0]
@@ -3547,9 +3426,7 @@ def predict_files(job: Job) -> None:
         others += more
     runs, saved, temperature = stored_models(job)
     classes = saved["classes"]
-    side = saved["stored_size"]
-    images, unreadable, several = decode_all(paths, side, runs[0].flags, saved["scale"])
-    say(*first_of(several))
+    images, unreadable = decode_all(paths, saved["stored_size"], runs[0].flags, saved["scale"])
     if others:
         say(f"{len(others):,} files are no images and are left out, such as {others[0]}.")
     if unreadable:
@@ -3584,10 +3461,9 @@ def say_accuracy(paths: list[Path], probabilities: Tensor, classes: list[str]) -
     """Print the accuracy over the images whose paths, below PREDICT, name a class."""
     known = {}  # place among the paths: label
     for place, path in enumerate(paths):
-        for name in path.parts[:-1]:
-            spelled = printable(unicodedata.normalize("NFC", name))
-            if spelled in classes:
-                known.setdefault(place, classes.index(spelled))
+        spelled = printable(unicodedata.normalize("NFC", str(path.parent)))
+        for name in filter(classes.__contains__, spelled.split(os.sep)):
+            known.setdefault(place, classes.index(name))
     if known:
         truth = torch.tensor(list(known.values()))
         answers = probabilities[list(known)]
@@ -3745,18 +3621,13 @@ def resizing(length: int, other: int, side: int, fit: str) -> tuple[Tensor, Tens
     size = pixels.amax() + 1  # a tensor, so that the program takes any length
     other_size = torch.arange(other, dtype=torch.float64).amax() + 1
     squares = torch.arange(side, dtype=torch.float64)
-    start = torch.zeros_like(size)  # where the image's shown part begins, in its pixels
-    first = torch.zeros_like(size)  # the first of the pixels that show it
-    count = first + side  # how many do
-    shown = size  # the extent of what is shown
-    if fit == "crop":
-        shown = torch.minimum(size, other_size)
-        start = (size - shown) / 2
-    elif fit == "pad":
+    shown = torch.minimum(size, other_size) if fit == "crop" else size  # so much of the extent
+    count = torch.full_like(size, side)  # so many pixels show it
+    if fit == "pad":
         count = (size * side / torch.maximum(size, other_size)).round().clamp(min=1)
-        first = ((side - count) / 2).floor()
+    first = ((side - count) / 2).floor()  # the first of them
     scale = shown / count
-    centres = start + (squares - first + 0.5) * scale
+    centres = (size - shown) / 2 + (squares - first + 0.5) * scale
     distances = (pixels + 0.5 - centres[:, None]).abs()
     visible = (squares >= first) & (squares < first + count)
     weights = (1 - distances / scale.clamp(min=1)).clamp(min=0) * visible[:, None]

@@ -172,11 +172,6 @@ def models(epochs=None, **figures) -> dict:
     return dict(models=results["models"])
 
 
-def errors(*counts: int) -> dict:
-    return dict(classes=[dict(name=f"kind{place}", images=200, errors=count)
-                         for place, count in enumerate(counts)])
-
-
 def sizes(many: int, few: int, balance: bool = False) -> dict:
     counts = [many, *[few] * 9]
     return dict(dataset=dict(train_images_by_class=counts), flags=dict(BALANCE=balance))
@@ -195,8 +190,6 @@ FINDINGS = [  # what is said, of which results, and not of which others, which d
      dict(ensemble=dict(gain_interval=[-0.01, 0.01]))),
     ("try --balance true", sizes(301, 100), sizes(300, 100)),
     ("try --balance true", sizes(301, 100), sizes(301, 100, balance=True)),
-    ("class kind1 carries 60.0%", errors(5, 12, 3), errors(2, 6, 1)),
-    ("class kind1 carries 60.0%", errors(5, 12, 3), errors(5, 6, 5)),
 ]
 
 
