@@ -956,7 +956,6 @@ def choose_device() -> torch.device:
     if count <= LOCAL_RANK:
         raise Stop(f"--nproc_per_node: more processes than the {count} accelerators here.")
     torch.accelerator.set_device_index(LOCAL_RANK)
-    torch.backends.cudnn.benchmark = True  # sizes are fixed, so the fastest way is worth a search
     torch.set_float32_matmul_precision("high")  # TF32 where there is any: 10 bits suffice to train
     return torch.device(torch.accelerator.current_accelerator().type, LOCAL_RANK)
 
@@ -1065,9 +1064,10 @@ def resume(run: Run, data: Data) -> Tested | None:
             if before != value:
                 changed.append(f"{name} was {before} and is {value}")
         if changed:
-            raise Stop(f"RESUME: {file} comes from another run: {'; '.join(changed)}. Set it back, "
-                       f"choose another OUTPUT_DIR, where --pretrained {file.parent} begins with "
-                       "these weights, or delete the file to train this model anew.")
+            raise Stop(f"RESUME: {file} comes from another run: {'; '.join(changed)}. That is "
+                       "another training, also where it is only longer: set it back, delete the "
+                       f"file to train anew, or begin with its weights, by --pretrained "
+                       f"{file.parent} and another --output-dir.")
         if "finished" in saved:
             say(f"  RESUME: {file} holds the finished model.")
             return Tested(**saved["finished"])
@@ -1119,7 +1119,8 @@ def meet_processes(device: torch.device) -> None:
         say(f"Waiting for {PROCESSES - 1} other processes, for ten minutes at most.")
         backend = distributed.get_default_backend_for_device(device)
         try:
-            distributed.init_process_group(backend, timeout=timedelta(minutes=10))
+            distributed.init_process_group(backend, timeout=timedelta(minutes=10),
+                                           device_id=None if device == CPU else device)
         except Exception as error:  # the store raises another error in each of its states
             raise Stop(f"Not all of the {PROCESSES} processes came ({reason(error)}). Start them "
                        "together, with torchrun.") from None
@@ -1632,8 +1633,14 @@ def find_source(flags: SimpleNamespace) -> Source:
 
 def cifar10(flags: SimpleNamespace) -> Source:
     """CIFAR-10 (Krizhevsky, 2009): torchvision downloads it, checks it and unpacks it."""
-    train = torchvision.datasets.CIFAR10(flags.DATA_DIR, download=True)
-    test = torchvision.datasets.CIFAR10(flags.DATA_DIR, train=False)
+    kind = torchvision.datasets.CIFAR10
+    try:
+        train = kind(flags.DATA_DIR)
+    except Exception:  # it isn't there, or something of it is damaged or gone
+        torchvision.datasets.utils.download_and_extract_archive(
+            kind.url, flags.DATA_DIR, filename=kind.filename, md5=kind.tgz_md5)
+        train = kind(flags.DATA_DIR)
+    test = kind(flags.DATA_DIR, train=False)
     images = np.concatenate([train.data, test.data]).transpose(0, 3, 1, 2)
     labels = np.concatenate([train.targets, test.targets])
     return published("CIFAR-10", train.classes, images, labels, len(test))
@@ -1778,7 +1785,7 @@ def image_folder(folder: Path, flags: SimpleNamespace) -> Source:
     classes = sorted(set(names))
     if len(classes) < 2:
         raise Stop(f"DATASET = {folder}: it has to hold at least two class folders with images; "
-                   f"found {', '.join(classes) or 'none'}, and {len(loose):,} images in none.")
+                   f"found {', '.join(classes) or 'none'}.{how_to_sort(loose)}")
     for left, what in ((others, "files are no images"), (loose, "images lie in no class folder")):
         if left:
             notices.append(f"{len(left):,} {what} and are left out, such as {printable(left[0])}.")
@@ -1815,10 +1822,42 @@ def find_clips(source: Source, clips: list[str]) -> None:
             "this run's, a clip is kept in one part.")
 
 
+def how_to_sort(loose: list[Path]) -> str:
+    """What lies outside of class folders, and three lines of Python that make such folders."""
+    if not loose:
+        return ""
+    find = f"for name in glob.glob('*{loose[0].suffix}'):"
+    into = "re.split(r'[\\W\\d_]+', name)[0] + '/' + name"
+    tables = [table.name for table in sorted(loose[0].parent.glob("*.csv"))]
+    if tables:
+        find = f"for name, label, *_ in list(csv.reader(open('{tables[0]}')))[1:]:"
+        into = "label + '/' + name"
+    elif "\\" in loose[0].name:  # unpacked on another system than it was packed on
+        into = "name.replace('\\\\', '/')"
+    seen = " and ".join([loose[0].name, *tables[:1]])
+    return (f" {len(loose):,} images lie loose there, such as {seen}. If that tells the classes, "
+            f"three lines of Python make class folders, in {loose[0].parent}:\n"
+            f"    import csv, glob, os, re\n    {find}\n        os.renames(name, {into})")
+
+
+def several_in(paths: list[Path]) -> Iterator[str]:
+    """A sentence on files that hold several pictures, if any do: stacks, animations."""
+    several = []
+    for path in paths:
+        with contextlib.suppress(Exception), Image.open(path) as image:
+            # MPO: a camera's JPEG, with smaller ones behind it
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                several.append(printable(path))
+    if several:
+        yield (f"{len(several):,} files hold several pictures, of which the first is taken, such "
+               f"as {several[0]}.")
+
+
 def read_files(source: Source, chosen: np.ndarray, flags: SimpleNamespace) -> np.ndarray:
     """The chosen images of a folder: uint8 [n, 3, side, side]."""
     paths = [source.files[place] for place in chosen]
     images, source.unreadable = decode_all(paths, stored_side(flags), flags, source.scale)
+    source.notices += several_in(paths)
     if source.unreadable:
         said = listed(source.unreadable, flags)
         if not flags.SKIP_UNREADABLE:
@@ -2174,9 +2213,13 @@ def part_notices(source: Source, labels: Tensor, parts: dict[str, np.ndarray],
     """Sentences on images that are in no part, parts that lack a class, and large updates."""
     unused = len(source.labels) - sum(map(len, parts.values())) - len(source.unreadable)
     if unused > 0:
+        there = labels.new_tensor(source.labels).bincount(minlength=len(source.classes))
+        learned = labels[parts["train"]].bincount(minlength=len(source.classes))
+        shares = [f"{source.classes[label]} {learned[label]:,} of {there[label]:,}"
+                  for label in (learned / there).argsort()[:9]]
         yield (f"{unused:,} of {len(source.labels):,} images are not used. Raise TRAIN_IMAGES, "
                "which fills classes up evenly, rare ones whole, or TEST_IMAGES to use more; for "
-               f"validation {MOST_VALIDATION:,} are enough.")
+               f"validation {MOST_VALIDATION:,} are enough. Learned from: {', '.join(shares)}.")
     for role in ("validation", "test"):
         missing = names_missing(source, labels[parts[role]])
         if missing:
@@ -2433,11 +2476,16 @@ def fitting(name: str, file: str) -> dict[str, Any]:
         overlay = dict(state_dict=held)
     head = held.get(f"{timm.get_pretrained_cfg(name).classifier}.weight")
     classes = 0 if head is None else len(head)
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that copying to the meta device does nothing: true
-        timm.create_model(name, pretrained=True, num_classes=classes,
-                          pretrained_cfg_overlay=overlay | dict(num_classes=classes,
-                                                                label_offset=0))
+    tried = overlay | dict(num_classes=classes, label_offset=0)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that copying to the meta device does nothing: true
+            timm.create_model(name, pretrained=True, num_classes=classes,
+                              pretrained_cfg_overlay=tried)
+    except RuntimeError as error:
+        missing = [key for key in wanted if key not in held][:3]
+        raise ValueError(f"it wants {', '.join(missing)}, the file has "
+                         f"{', '.join(list(held)[:3])}" if missing else error) from None
     return overlay
 
 
@@ -2871,7 +2919,8 @@ def say_time_to_come(run: Run, data: Data) -> None:
     """Say how long a model's training takes at most, by one small update that trains all layers."""
     flags = SimpleNamespace(**vars(run.flags) | dict(GRADIENT_ACCUMULATION_STEPS=1))
     images = min(flags.BATCH_SIZE, len(data.split["train"]))
-    seconds = seconds_of(trial_update(run, data, len(run.groups), flags=flags), run.device)
+    update = trial_update(run, data, len(run.groups), flags=flags)
+    seconds = min(seconds_of(update, run.device) for _ in range(2))  # the first one warms up
     epochs = run.flags.NUM_EPOCHS - len(run.epochs)
     minutes = epochs * len(data.split["train"]) / images * seconds / 60
     say(f"  At most about {max(1, minutes):.0f} min of training.")
@@ -3261,8 +3310,10 @@ FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Microsoft YaHei", "Hiragino Sans GB
 def plot(name: str, title: str, flags: SimpleNamespace, grid: tuple[int, int] = (1, 1),
          size: tuple[float, float] = (8, 4)) -> Iterator[np.ndarray]:
     """The axes [rows, columns] of a figure, of a size in inches, which is written at the end."""
+    backend = os.environ.pop("MPLBACKEND", None)  # a notebook's, maybe not installed
     from matplotlib import font_manager, rc_context
     from matplotlib.figure import Figure
+    os.environ |= {} if backend is None else {"MPLBACKEND": backend}
     families = [family for family in FONTS if family in font_manager.get_font_names()]
     with rc_context({"font.family": families}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that no font has
@@ -3427,6 +3478,7 @@ def predict_files(job: Job) -> None:
     runs, saved, temperature = stored_models(job)
     classes = saved["classes"]
     images, unreadable = decode_all(paths, saved["stored_size"], runs[0].flags, saved["scale"])
+    say(*several_in(paths))
     if others:
         say(f"{len(others):,} files are no images and are left out, such as {others[0]}.")
     if unreadable:
