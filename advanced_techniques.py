@@ -1272,7 +1272,7 @@ def write_whole(file: Path, content: str | memoryview) -> None:
 
 def say(*lines: str) -> None:
     """Print for the user, at once, from one process only."""
-    if RANK == 0:
+    if RANK == 0 and lines:
         print(*lines, sep="\n", flush=True)
 
 
