@@ -2,15 +2,13 @@
 
 Not a test. Runs the textbook fine-tuning loop and the project's trainer in turn, each run in a
 process of its own, on the same images, backbone, weights, schedule and seeds, and prints medians
-over the seeds and their ratios; then what share of the device's matrix-product peak each stage
-reached. Times vary from machine to machine; the ratios are what counts. Fashion-MNIST where it is
-installed, else the built-in shapes.
+over the seeds and their ratios. Times vary from machine to machine; the ratios are what counts.
+Fashion-MNIST where it is installed, else the built-in shapes.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import resource
@@ -28,7 +26,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -174,60 +171,7 @@ def trainer(run: at.Run, data: at.Data) -> dict[str, Any]:
 
     return dict(times=times, accuracies=[entry["validation_accuracy"] for entry in run.epochs],
                 waited=spent, memory=peak_memory(), test=test,
-                augmented=images_per_second(len(data.split["train"]), augment_epoch),
-                peak_flops=matrix_product_peak(run.device, run.precision),
-                peak_share_by_stage=peak_shares(run, len(data.split["train"])))
-
-
-def flops_per_image(run: at.Run) -> tuple[int, int]:
-    """Floating-point operations of an image's forward pass: of the network, of what learns now.
-
-    The backward pass is counted as twice the forward pass of what learns; torch's counter
-    overcounts it for grouped convolutions. Multiplications and additions count one each.
-    """
-    run.network.eval()
-    size = run.flags.IMAGE_SIZE
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run.network(torch.zeros(1, 3, size, size, device=run.device))
-    counts = {name: sum(parts.values()) for name, parts in counter.get_flop_counts().items()}
-
-    def learning(name: str, module: nn.Module) -> int:
-        own = [parameter.requires_grad for parameter in module.parameters()]
-        if own and all(own):
-            return counts.get(name, 0)
-        if not any(own):
-            return 0
-        return sum(learning(f"{name}.{child}", part) for child, part in module.named_children())
-
-    return counts["Global"], learning(type(run.network).__name__, run.network)
-
-
-@functools.cache
-def matrix_product_peak(device: torch.device, precision: torch.dtype | None) -> float:
-    """Operations a second of one large matrix product: the most that training could reach."""
-    side = 2048 if device.type == "cpu" else 8192
-    factor = torch.rand(side, side, device=device, dtype=precision or torch.float32)
-    return 2 * side**3 / min(at.seconds_of(lambda: factor @ factor, device) for _ in range(6))
-
-
-def peak_share(run: at.Run, epochs: list[dict[str, Any]], images: int) -> float:
-    """The share of the device's matrix-product peak that the epochs of one stage reached."""
-    first = epochs[0]["epoch"] - 1
-    at.unfreeze(run, at.groups_learning(first, run))
-    forward, trained = flops_per_image(run)
-    passes = len(epochs)  # through the frozen layers
-    if at.groups_learning(first, run) == 1 and run.flags.FEATURE_VIEWS:  # features are kept
-        passes = min(passes, run.flags.FEATURE_VIEWS)
-    operations = images * (passes * (forward - trained) + len(epochs) * 3 * trained)
-    spent = sum(entry["seconds"] for entry in epochs)
-    return operations / spent / matrix_product_peak(run.device, run.precision)
-
-
-def peak_shares(run: at.Run, images: int) -> list[float]:
-    """peak_share() of each stage."""
-    stages = sorted({entry["stage"] for entry in run.epochs})
-    return [peak_share(run, [entry for entry in run.epochs if entry["stage"] == stage], images)
-            for stage in stages]
+                augmented=images_per_second(len(data.split["train"]), augment_epoch))
 
 
 def exhaust(batches: Iterable) -> None:
@@ -248,13 +192,11 @@ def peak_memory() -> float:
 
 def one_run(kind: str, architecture: str, seed: int, changes: dict[str, Any]) -> None:
     """One run in this process; prints its figures as the last line, as JSON."""
-    device = CPU if kind == "textbook" else at.choose_device()
-    if device.type != "cpu":
-        raise SystemExit("tests/benchmark.py compares on a CPU; hide the accelerator to run it.")
     small = dict(IMAGE_SIZE=96, TEST_IMAGES=2000, SEED=seed)
     flags = SimpleNamespace(**at.FLAGS | small | changes)
     flags.DATASET = "fashion_mnist" if at.DEBIAN_FASHION_MNIST.is_dir() else "shapes"
-    job = at.Job(flags, device)
+    # choose_device() also makes the trainer's memory allocation faster
+    job = at.Job(flags, CPU if kind == "textbook" else at.choose_device())
     job.data = at.load_data(job)
     shipped = at.shipped_weights(architecture, architecture) if architecture in at.SHIPPED else None
     run = at.new_run(architecture, shipped or at.Weights(architecture, ""), seed, job)
@@ -295,9 +237,7 @@ def compare(architecture: str, seeds: int, changes: dict[str, Any]) -> None:
         ratio = statistics.median(second / first for first, second in pairs)
         print(f"{name:52}{statistics.median(textbooks):10.1f}{statistics.median(trainers):10.1f}"
               f"{ratio:8.2f}")
-    shares = ", ".join(f"{share:.1%}" for share in ours["peak_share_by_stage"])
-    print(f"{'share of the matrix-product peak in each stage':52}{shares} of "
-          f"{ours['peak_flops'] / 1e9:,.0f} GFLOP/s\n", flush=True)
+    print(flush=True)
 
 
 def figures(book: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -325,20 +265,6 @@ def time_until(accuracy: float, one: dict[str, Any]) -> float:
     return math.inf
 
 
-def cost(architecture: str, changes: dict[str, Any]) -> None:
-    """Seconds and peak memory of the trainer as images grow in number and in size; four epochs."""
-    print(f"{architecture}: four epochs, one in each stage\n"
-          f"{'images':>8}{'pixels':>8}{'seconds':>9}{'ms/image':>10}{'MB':>8}")
-    for count, size in ((1000, 96), (2000, 96), (4000, 96), (8000, 96), (2000, 64), (2000, 128)):
-        small = dict(TRAIN_IMAGES=count, IMAGE_SIZE=size, NUM_EPOCHS=4, TEST_IMAGES=200)
-        command = [sys.executable, __file__, "--one", "trainer", architecture, "0",
-                   json.dumps(changes | small)]
-        result = last_line(command)
-        spent = result["times"][-1]
-        print(f"{count:8,}{size:8}{spent:9.1f}{1000 * spent / (4 * count):10.2f}"
-              f"{result['memory'] / 1e6:8.0f}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -350,10 +276,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1500, help="training images (default: 1500)")
     parser.add_argument("--epochs", type=int, default=20,
                         help="epochs, a multiple of 4 (default: 20)")
-    parser.add_argument("--cost", action="store_true",
-                        help="instead: time and memory as the work grows")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if torch.accelerator.is_available():
+        parser.error("it compares on a CPU: hide the accelerator, as by CUDA_VISIBLE_DEVICES=")
     if options.one:
         kind, architecture, seed, changes = options.one
         one_run(kind, architecture, int(seed), json.loads(changes))
@@ -364,10 +290,7 @@ def main() -> None:
         changes = dict(TRAIN_IMAGES=options.images, NUM_EPOCHS=options.epochs, DATA_DIR=folder,
                        OUTPUT_DIR=folder)
         for architecture in options.architectures.split(","):
-            if options.cost:
-                cost(architecture, changes)
-            else:
-                compare(architecture, options.seeds, changes)
+            compare(architecture, options.seeds, changes)
 
 
 if __name__ == "__main__":
