@@ -3498,7 +3498,7 @@ def predict_files(job: Job) -> None:
         rows.append(row)
         if len(rows) <= 21:
             say(f"{row[0]}: {', '.join(row[1:])}")
-    if len(paths) > 1:
+    if len(paths) > 1 or Path(job.flags.PREDICT[0]).is_dir():
         inner = [paths[place].relative_to(folders[place]) for place in readable]
         say_accuracy(inner, believed, classes)
         write_table(Path(job.flags.OUTPUT_DIR, "predictions.csv"), rows)
