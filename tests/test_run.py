@@ -218,7 +218,8 @@ def test_the_program_answers_with_torch_alone_as_predict_does(finished, tmp_path
 
 def test_predict_answers_the_test_images_as_the_run_did(hard, tmp_path):
     outputs = shutil.copytree(hard.outputs, tmp_path / "copy")
-    ended = call(["--predict", str(hard.pictures), "--output-dir", str(outputs)])
+    one = next(hard.pictures.rglob("*.png"))
+    ended = call(["--predict", str(one), str(hard.pictures), "--output-dir", str(outputs)])
     assert ended.code == 0, ended
     rows = {row["path"]: row for row in rows_of(outputs / "predictions.csv")}
     for tested in rows_of(hard.outputs / "test_predictions.csv"):
@@ -227,7 +228,7 @@ def test_predict_answers_the_test_images_as_the_run_did(hard, tmp_path):
         assert float(row["probability_1"]) == pytest.approx(float(tested["probability"]), abs=1e-3)
     right = sum(Path(path).parent.name == row["class_1"] for path, row in rows.items())
     assert f"Accuracy: {right / 200:.1%}" in ended.out and right < len(rows) == 200
-    assert "200 images classified, 1 left out" in ended.out
+    assert "201 images classified, 1 left out" in ended.out
 
 
 def assert_predicted(tested: dict[str, str], outputs: Path) -> None:
