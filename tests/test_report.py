@@ -5,6 +5,9 @@ Once the report reads otherwise: at.write_results(RESULTS, EXAMPLE) writes the e
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +57,20 @@ def test_a_plot_is_drawn_from_results_json(name, tmp_path):
     draw(PLOTS[name], tmp_path)
     pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
     assert pixels.min() < 50 and pixels.max() == 255 and pixels.shape[1] > 500
+
+
+@pytest.mark.parametrize("left", [
+    dict(MPLBACKEND="module://matplotlib_inline.gone"), dict(WORLD_SIZE="two", RANK="0"),
+    dict(WORLD_SIZE="", RANK="", LOCAL_RANK="", MASTER_PORT=""), dict(RANK="1", LOCAL_RANK="1"),
+    dict(WORLD_SIZE="4", RANK="3", MASTER_ADDR="node7", MASTER_PORT="1234")])
+def test_what_notebooks_and_schedulers_leave_behind_harms_nothing(left, tmp_path):
+    code = ("import advanced_techniques as at\n"
+            "with at.plot('empty', 'Nothing', at.SimpleNamespace(OUTPUT_DIR='.')):\n    pass\n"
+            "at.say(f'{at.PROCESSES} {at.RANK}')")
+    environment = os.environ | dict(PYTHONPATH=str(EXAMPLE.parents[1])) | left
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path,
+                          capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("1 0\n", "") and (tmp_path / "empty.png").exists()
 
 
 def test_no_ledger_needs_no_plot(tmp_path, capsys):
