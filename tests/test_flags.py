@@ -127,7 +127,6 @@ def test_flags_of_other_trainers_lead_to_ours_or_tell_why_not(word):
         assert "Did you mean" not in message
     else:
         assert (f"Did you mean --{said}?" in message) or said in message
-    assert set(" ".join(at.OTHER_NAMES.values()).split()).isdisjoint(map(option, at.FLAGS))
 
 
 def test_a_lone_path_names_both_flags_and_a_list_is_taken(tmp_path):
