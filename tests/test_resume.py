@@ -140,7 +140,8 @@ def test_ctrl_c_reports_what_is_finished_and_the_rest_is_gone_on_from(
     environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *arguments, "--output-dir", tmp_path], env=environment,
-        stdout=said_by, stderr=subprocess.PIPE, text=True)
+        stdout=said_by, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored where jobs are
     second = "\ntest_convnext: weights"
     while second not in said(tmp_path) or "epoch   1/4" not in said(tmp_path).split(second)[1]:
         assert process.poll() is None
