@@ -511,8 +511,7 @@ def train_epoch(run: Run, data: Data, epoch: int) -> dict[str, Any]:
 
     # 3. The one wait for the device; then the sums of what was counted. The loss is no measure to
     #    hold against validation's: its labels are smoothed, and its images augmented.
-    totals = sum_over_processes(torch.stack(totals)).cpu()
-    share_batch_statistics(run.network)
+    totals = agreed(torch.stack(totals), run.network).cpu()
     loss, correct = totals[:, :2].nan_to_num(0, 0, 0).sum(0).tolist()
     skipped = (totals[:, 2] > 0).tolist()
     images = len(data.split["train"])
@@ -1131,17 +1130,16 @@ def across_processes(network: nn.Module) -> nn.Module:
     return DistributedDataParallel(network) if PROCESSES > 1 else network
 
 
-def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in each of them."""
+def agreed(values: Tensor, network: nn.Module) -> Tensor:
+    """The sum of a tensor over all processes, in each of them, and the same network.
+
+    For BatchNorm's running statistics are each process's own: all get those of the first.
+    """
     if PROCESSES > 1:
         distributed.all_reduce(values)
+        for buffer in network.buffers():
+            distributed.broadcast(buffer, 0)
     return values
-
-
-def share_batch_statistics(network: nn.Module) -> None:
-    """Give every process the first one's running statistics of BatchNorm: all test one network."""
-    for buffer in network.buffers() if PROCESSES > 1 else ():
-        distributed.broadcast(buffer, 0)
 
 
 def from_first_process(value: Any) -> Any:
@@ -1752,10 +1750,7 @@ SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Informati
 
 def image_folder(folder: Path, flags: SimpleNamespace) -> Source:
     """A folder of class folders, or of train/ [val/] [test/] folders of class folders."""
-    paths: list[Path] = []
-    names: list[str] = []
-    roles: list[str] = []
-    clips: list[str] = []
+    rows: list[tuple[Path, str, str, str]] = []  # of each image: file, class, role, clip
     notices = [f"DATASET is the folder {printable(folder.resolve())}."]
     try:
         parts = parts_of(looked_through(folder))
@@ -1770,28 +1765,26 @@ def image_folder(folder: Path, flags: SimpleNamespace) -> Source:
                 images, more = image_files(place, entered)
                 if not images:
                     raise Stop(f"DATASET = {folder}: no images in {place}. Add some, or remove it.")
-                paths += images
                 others += more
-                roles += [role] * len(images)
                 # In one of the spellings that Unicode has for a letter
                 name = printable(unicodedata.normalize("NFC", place.name))
-                names += [name] * len(images)
-                clips += [f"{name}/{clip_of(path, place)}" for path in images]
-        loose = sorted(set(image_files(folder, set())[0]).difference(paths))
+                rows += [(path, name, role, f"{name}/{clip_of(path, place)}") for path in images]
+        loose = sorted(set(image_files(folder, set())[0]).difference(row[0] for row in rows))
     except OSError as error:
         raise Stop(f"DATASET = {folder}: {error.filename} can't be opened ({error.strerror}). "
                    "Give yourself the right to read it, or move it away.") from None
-    classes = sorted(set(names))
+    classes = sorted({row[1] for row in rows})
     if len(classes) < 2:
         raise Stop(f"DATASET = {folder}: it has to hold at least two class folders with images; "
                    f"found {', '.join(classes) or 'none'}.{how_to_sort(loose)}")
-    for left, what in ((others, "files are no images"), (loose, "images lie in no class folder")):
-        if left:
-            notices.append(f"{len(left):,} {what} and are left out, such as {printable(left[0])}.")
+    paths, names, roles, clips = map(list, zip(*rows, strict=True))
     inner = [clip for clip in clips if not clip.endswith("*")]
-    if inner:
-        notices.append(f"{len(inner):,} images lie deeper, as in {inner[0]}: the outer folder is "
-                       "their class. Were the inner ones meant, put these side by side.")
+    for found, what in ((others, "files are no images and are left out"),
+                        (loose, "images lie in no class folder and are left out"),
+                        (inner, "images lie deeper: the outer folder is their class (were the "
+                                "inner ones meant, put these side by side)")):
+        if found:
+            notices.append(f"{len(found):,} {what}, such as {printable(found[0])}.")
     labels = np.array([classes.index(name) for name in names])
     source = Source(printable(folder.resolve().name), classes, labels, np.array(roles),
                     lambda chosen: read_files(source, chosen, flags), paths, notices=notices)
