@@ -1477,12 +1477,11 @@ def fit_to_patches(flags: SimpleNamespace) -> SimpleNamespace:
     """
     patch = 1
     for name in flags.ARCHITECTURES:
-        with torch.device("meta"):
-            network = timm.create_model(name)
-        first = [module for module in network.modules() if isinstance(module, nn.Conv2d)][:1]
-        for convolution in first:
-            if convolution.kernel_size == convolution.stride:
-                patch = math.lcm(patch, *convolution.stride)
+        with torch.device("meta"), contextlib.suppress(Exception):  # check_networks tells of these
+            modules = timm.create_model(name).modules()
+            first = next(module for module in modules if isinstance(module, nn.Conv2d))
+            if first.kernel_size == first.stride:
+                patch = math.lcm(patch, *first.stride)
     fitted = math.ceil(flags.IMAGE_SIZE / patch) * patch
     if fitted != flags.IMAGE_SIZE:
         say(f"IMAGE_SIZE is {fitted} instead of {flags.IMAGE_SIZE}: a multiple of the networks' "
