@@ -2205,11 +2205,13 @@ def part_notices(source: Source, labels: Tensor, parts: dict[str, np.ndarray],
     if unused > 0:
         there = labels.new_tensor(source.labels).bincount(minlength=len(source.classes))
         learned = labels[parts["train"]].bincount(minlength=len(source.classes))
-        shares = [f"{source.classes[label]} {learned[label]:,} of {there[label]:,}"
-                  for label in (learned / there).argsort()[:9]]
-        yield (f"{unused:,} of {len(source.labels):,} images are not used. Raise TRAIN_IMAGES, "
-               "which fills classes up evenly, rare ones whole, or TEST_IMAGES to use more; for "
-               f"validation {MOST_VALIDATION:,} are enough. Learned from: {', '.join(shares)}.")
+        yield (f"{unused:,} of {len(source.labels):,} images are not used. Raise TRAIN_IMAGES or "
+               f"TEST_IMAGES to use more; for validation {MOST_VALIDATION:,} are enough.")
+        shares = learned / there
+        if shares.std() > 0.01:
+            told = [f"{source.classes[label]} {learned[label]:,} of {there[label]:,}"
+                    for label in shares.argsort()[:9]]
+            yield f"TRAIN_IMAGES fills classes up evenly, rare ones whole: {', '.join(told)}."
     for role in ("validation", "test"):
         missing = names_missing(source, labels[parts[role]])
         if missing:
