@@ -230,19 +230,15 @@ def test_what_is_written_never_lies_in_the_data_set(flag, inside, tmp_path, monk
     assert snapshot(tmp_path / "pets") == before
 
 
-def touched(root: Path, *names: str) -> Path:
-    root.mkdir(exist_ok=True)
-    for name in names:
-        Image.new("RGB", (8, 8)).save(root / name)
-    return root
-
-
 @pytest.mark.parametrize(("names", "table"), [
     (["cat.0.jpg", "cat.1.jpg", "dog.0.jpg"], ""), (["cat_1.png", "dog 2.png", "dog-3.png"], ""),
     (["cat\\x 1.jpg", "dog\\1.jpg"], ""),
     (["0.jpg", "1.jpg", "2.jpg"], "file,label\n0.jpg,cat\n1.jpg,dog\n2.jpg,dog\n")])
 def test_three_lines_make_class_folders_of_loose_images(names, table, tmp_path, monkeypatch):
-    folder = touched(tmp_path / "loose", *names)
+    folder = tmp_path / "loose"
+    folder.mkdir()
+    for name in names:
+        Image.new("RGB", (8, 8)).save(folder / name)
     if table:
         (folder / "labels.csv").write_text(table)
     message = refusal(folder)

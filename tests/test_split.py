@@ -268,7 +268,12 @@ def test_a_limit_fills_classes_up_evenly_and_leaves_the_test_its_shares(counts, 
     counts_left = np.bincount(both.labels[both.roles == "train"])
     parts = at.split(both, limit, 30, 0)
     learned = np.bincount(both.labels[parts["train"]])
-    rare = np.minimum(counts_left, wanted)
-    assert learned.sum() == limit and (learned >= rare - 1).all()
+    assert learned.sum() == limit and (learned >= np.minimum(counts_left, wanted) - 1).all()
     shares = np.bincount(both.labels[parts["test"]], minlength=3) / 30
     assert shares == pytest.approx(np.array(counts) / sum(counts), abs=0.04)
+
+
+def test_a_limit_tells_what_is_left_of_each_class_where_they_differ(tmp_path):
+    folder = class_pictures(tmp_path / "pets", dict(cat=60, dog=8, owl=8))
+    assert "rare ones whole: cat 10 of 60, " in loaded(folder, TRAIN_IMAGES=20)[1]
+    assert "rare ones" not in loaded(folder)[1]
