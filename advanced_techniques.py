@@ -1350,7 +1350,8 @@ def make_parser() -> argparse.ArgumentParser:
         raise Stop(f"{message}. --help lists all flags.")
 
     parser = argparse.ArgumentParser("advanced_techniques.py", "%(prog)s [--flag VALUE ...]",
-                                     description=__doc__, allow_abbrev=False,
+                                     description=__doc__.partition("\nMeasured")[0],
+                                     allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
     # These are values, not flags: -1e-3, -inf
