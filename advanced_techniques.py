@@ -2531,8 +2531,7 @@ def score(probabilities: Tensor, labels: Tensor) -> tuple[float, float]:
     """Mean negative log-likelihood, and accuracy (0 to 1), of probabilities [n, classes]."""
     likelihood = probabilities.gather(1, labels[:, None])
     loss = -likelihood.clamp(min=1e-12).log().mean()  # clamped: one image can't make it infinite
-    accuracy = is_right(probabilities, labels).double().mean()
-    return loss.item(), accuracy.item()
+    return loss.item(), is_right(probabilities, labels).double().mean().item()
 
 
 def wilson_interval(share: float, count: int) -> list[float]:
@@ -2585,15 +2584,12 @@ def crossed_interval(differences: np.ndarray) -> tuple[float, list[float]]:
     A single seed tells nothing of other seeds.
     """
     change = float(differences.mean())
-    mean_of_seed = differences.mean(1)
-    mean_of_image = differences.mean(0)
-    samples = [means for means in (mean_of_seed, mean_of_image) if len(means) > 1]
+    means_of = (differences.mean(1), differences.mean(0))  # each seed, each image
+    samples = [means for means in means_of if len(means) > 1]
     variances = [means.var(ddof=1) / len(means) for means in samples]
     variance = sum(variances)
-    if variance == 0:
-        if change:  # a few images that all changed alike tell nothing of how others vary
-            return change, [-1.0, 1.0]
-        return change, [change, change]
+    if variance == 0:  # a few images that all changed alike tell nothing of how others vary
+        return change, [-1.0, 1.0] if change else [0.0, 0.0]
     terms = [part**2 / (len(means) - 1) for part, means in zip(variances, samples, strict=True)]
     freedom = variance**2 / sum(terms)
     draws = np.random.default_rng(0).standard_t(freedom, 1_000_000)  # NumPy has no quantiles of t
@@ -2620,17 +2616,15 @@ def describe_vote(tested: list[Tested], data: Data) -> dict[str, Any]:
     tta_gain, tta_interval = paired_gain(averaged, best.averaged, labels)
     predicted = torch.stack([one.plain.argmax(1) for one in tested])  # [models, n]
     validation = soft_vote(one.validation for one in tested)
-    _, accuracy = score(validation, data.truth("validation"))
-    entry = dict(
+    return dict(
         name=f"ensemble of {len(tested)}", seconds=sum(one.entry["seconds"] for one in tested),
         parameters=sum(one.entry["parameters"] for one in tested), train_accuracy=None,
-        validation_accuracy=accuracy,
+        validation_accuracy=score(validation, data.truth("validation"))[1],
         **judge(plain, labels, "test_"), **judge(averaged, labels, "tta_"),
         gain_over_best=gain, gain_interval=interval,
         tta_gain_over_best=tta_gain, tta_gain_interval=tta_interval,
         disagreement=(predicted != predicted[0]).any(0).double().mean().item(),
-        **calibrate(validation, averaged, data))
-    return entry | dict(accuracy=entry["test_accuracy"])
+        **calibrate(validation, averaged, data), accuracy=score(plain, labels)[1])
 
 
 def at_temperature(probabilities: Tensor, temperature: float | None) -> Tensor:
@@ -2792,8 +2786,7 @@ def step_decay(update: int, updates: int) -> float:
     He et al. (2016) divided the rate by ten twice. Of each stage's updates: over the whole run, the
     layer groups that are unfrozen last would never see a high rate.
     """
-    tenths = (update >= updates / 2) + (update >= updates * 3 / 4)
-    return 0.1**tenths
+    return 0.1 ** ((update >= updates / 2) + (update >= updates * 3 / 4))
 
 
 def as_tested(tested: list[Tested], tta: bool) -> list[dict[str, Any]]:
@@ -2802,13 +2795,9 @@ def as_tested(tested: list[Tested], tta: bool) -> list[dict[str, Any]]:
     final: probabilities [n, classes] of the test images; time: seconds of training and testing;
     memory: bytes that the tensors of an update take in its last stage, or None.
     """
-    answers = []
-    for one in tested:
-        seconds = one.entry["tta_seconds" if tta else "plain_seconds"]
-        answers.append(dict(final=one.averaged if tta else one.plain,
-                            time=one.entry["seconds"] + seconds,
-                            memory=one.entry.get("memory_bytes")))
-    return answers
+    answer, seconds = ("averaged", "tta_seconds") if tta else ("plain", "plain_seconds")
+    return [dict(final=getattr(one, answer), time=one.entry["seconds"] + one.entry[seconds],
+                 memory=one.entry.get("memory_bytes")) for one in tested]
 
 
 def ledger_row(technique: str, on: list[dict[str, Any]], off: list[dict[str, Any]],
@@ -2857,8 +2846,7 @@ def memory_of(work: Callable[[], Any], device: torch.device) -> int:
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         work()
     events = sorted(profile.events(), key=lambda event: event.time_range.end)
-    added = [event.self_cpu_memory_usage for event in events]  # below 0 where more was freed
-    return int(np.cumsum(added).max())
+    return int(np.cumsum([event.self_cpu_memory_usage for event in events]).max())  # frees: below 0
 
 
 def trial_update(run: Run, data: Data, groups: int, **changes: Any) -> Callable[[], Tensor]:
@@ -3055,21 +3043,17 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
     A float is a share, shown in per cent; a dash stands for None, a gap for what a row lacks.
     """
-    heads = list(dict.fromkeys(head for row in rows for head in row))
-    lines = [heads]
-    for row in rows:
-        cells = []
-        for head in heads:
+    columns: list[list[str]] = []
+    for head in dict.fromkeys(head for row in rows for head in row):
+        cells = [head]
+        for row in rows:
             value = row.get(head, "")
             shown = f"{value:.1%}" if isinstance(value, float) else str(value)
             cells.append("-" if value is None else shown)
-        lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = []
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        shown.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return shown
+        align = str.rjust if columns else str.ljust
+        width = max(map(len, cells))
+        columns.append([align(cell, width) for cell in cells])
+    return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 
 def span(interval: list[float]) -> str:
@@ -3151,12 +3135,10 @@ def accuracy_section(results: dict[str, Any]) -> Body:
 def classes_section(results: dict[str, Any]) -> Body:
     """Each class's recall and precision, the hardest first, 20 at most; and the mean over all."""
     tested = [entry for entry in results["classes"] if entry["images"]]
-    rows = []
-    for entry in sorted(tested, key=lambda entry: entry["recall"])[:20]:
-        rows.append({"class": textwrap.shorten(entry["name"], 30), "images": entry["images"],
-                     "recognised": entry["recall"],
-                     "95 % interval": span(entry["recall_interval"]),
-                     "precision": entry["precision"], "F1": f"{entry['f1']:.3f}"})
+    rows = [{"class": textwrap.shorten(entry["name"], 30), "images": entry["images"],
+             "recognised": entry["recall"], "95 % interval": span(entry["recall_interval"]),
+             "precision": entry["precision"], "F1": f"{entry['f1']:.3f}"}
+            for entry in sorted(tested, key=lambda entry: entry["recall"])[:20]]
     more = f"And {len(tested) - 20:,} more classes in results.json. " if len(tested) > 20 else ""
     mean = results["over_classes"]
     return [rows, f"{more}Balanced accuracy, in which each class counts alike: "
@@ -3303,20 +3285,18 @@ def plot(name: str, title: str, flags: SimpleNamespace, grid: tuple[int, int] = 
          size: tuple[float, float] = (8, 4)) -> Iterator[np.ndarray]:
     """The axes [rows, columns] of a figure, of a size in inches, which is written at the end."""
     backend = os.environ.pop("MPLBACKEND", None)  # a notebook's, maybe not installed
-    from matplotlib import font_manager, rc_context
+    from matplotlib import cycler, font_manager, rc_context
     from matplotlib.figure import Figure
     os.environ |= {} if backend is None else {"MPLBACKEND": backend}
     families = [family for family in FONTS if family in font_manager.get_font_names()]
-    with rc_context({"font.family": families}), warnings.catch_warnings():
+    style = {"font.family": families, "axes.spines.top": False, "axes.spines.right": False,
+             "axes.prop_cycle": cycler(color=COLOURS)}
+    with rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that no font has
         figure = Figure(figsize=size, layout="constrained", dpi=110)
         title = textwrap.fill(title, round(9 * size[0]))  # nine bold letters take an inch
         figure.suptitle(title, fontsize=12, fontweight="bold")
-        axes = figure.subplots(*grid, squeeze=False)
-        for axis in axes.flat:
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.set_prop_cycle(color=COLOURS)
-        yield axes
+        yield figure.subplots(*grid, squeeze=False)
         content = io.BytesIO()
         figure.savefig(content, format="png")
     write_whole(Path(flags.OUTPUT_DIR, f"{name}.png"), content.getbuffer())
@@ -3339,12 +3319,11 @@ def plot_curves(job: Job, results: dict[str, Any], final: Tensor) -> None:
     with plot("training_curves", title, job.flags, (1, 2), (10, 4)) as axes:
         for axis, figure, factor in zip(axes[0], ("loss", "accuracy"), (1, 100), strict=True):
             for place, model in enumerate(models):
-                colour = COLOURS[place % len(COLOURS)]
                 epochs = [entry["epoch"] for entry in model["epochs"]]
-                train = [factor * entry[f"train_{figure}"] for entry in model["epochs"]]
-                validation = [factor * entry[f"validation_{figure}"] for entry in model["epochs"]]
-                axis.plot(epochs, train, "--", color=colour, linewidth=1.5)
-                axis.plot(epochs, validation, color=colour, linewidth=1.5, label=shown_name(model))
+                for part, line in (("train", "--"), ("validation", "-")):
+                    values = [factor * entry[f"{part}_{figure}"] for entry in model["epochs"]]
+                    axis.plot(epochs, values, line, color=COLOURS[place % len(COLOURS)],
+                              label=shown_name(model) if line == "-" else None)
             mark_stages(axis, [entry["stage"] for entry in models[0]["epochs"]], 0.5)
             axis.set(xlabel="epoch", ylabel=figure if factor == 1 else "accuracy (%)")
         axes[0, 1].legend(frameon=False, fontsize=8, loc="lower right")
@@ -3374,8 +3353,7 @@ def plot_confusion(job: Job, results: dict[str, Any], final: Tensor) -> None:
     if wrong.any():
         title += f" Most often mistaken: {names[true]} for {names[taken]} ({wrong.max():.0f} %)"
     side = min(12.0, 3.5 + 0.45 * count)
-    with plot("confusion_matrix", title, job.flags, size=(side, side)) as axes:
-        axis = axes[0, 0]
+    with plot("confusion_matrix", title, job.flags, size=(side, side)) as [[axis]]:
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
         axis.set(xlabel="predicted", ylabel="true")
         if count <= 25:  # more would not be legible
@@ -3417,8 +3395,7 @@ def plot_rates(job: Job, results: dict[str, Any], final: Tensor) -> None:
     most = groups_learning(epochs - 1, run)
     name = shown_name(vars(run.weights) | dict(name=run.name))
     title = f"{name}: in the end {most} of {len(run.groups)} layer groups learn"
-    with plot("learning_rates", title, job.flags) as axes:
-        axis = axes[0, 0]
+    with plot("learning_rates", title, job.flags) as [[axis]]:
         for layer, label in enumerate(list(run.groups)[:most]):
             learning = [update for update in range(epochs * updates)
                         if layer < groups_learning(update // updates, run)]
@@ -3437,13 +3414,11 @@ def plot_ablation(job: Job, results: dict[str, Any], final: Tensor) -> None:
         return
     title = "What each technique changes, against the same training without it"
     colours = {"helps": GREEN, "hurts": RED, "no clear effect": "0.5"}
-    with plot("ablation", title, job.flags, size=(8, 1.5 + 0.4 * len(measured))) as axes:
-        axis = axes[0, 0]
+    with plot("ablation", title, job.flags, size=(8, 1.5 + 0.4 * len(measured))) as [[axis]]:
         axis.axvline(0, color="0.6", linewidth=1)
         for place, row in enumerate(measured):
             colour = colours[row["verdict"]]
-            ends = [100 * end for end in row["interval"]]
-            axis.plot(ends, [-place] * 2, color=colour, linewidth=2)
+            axis.plot(100 * np.array(row["interval"]), [-place] * 2, color=colour, linewidth=2)
             axis.plot(100 * row["change"], -place, "o", color=colour, markersize=8)
             axis.annotate(row["verdict"], (1.01, -place), xycoords=("axes fraction", "data"),
                           va="center", fontsize=9, color=colour)
@@ -3612,9 +3587,8 @@ def write_for_timm(run: Run, data: Data) -> None:
     preprocessing = dict(input_size=(3, size, size), mean=run.mean.tolist(), std=run.std.tolist(),
                          interpolation="bilinear", crop_mode=crop_modes[run.flags.FIT],
                          crop_pct=shown_share(run.flags, data.images.shape[-1]))
-    timm.models.save_for_hf(network, str(folder), safe_serialization=True,
-                            model_config=dict(label_names=data.classes),
-                            data_config=preprocessing)
+    timm.models.save_for_hf(network, str(folder), model_config=dict(label_names=data.classes),
+                            data_config=preprocessing, safe_serialization=True)
 
 
 class HandedOver(nn.Module):
@@ -3629,8 +3603,7 @@ class HandedOver(nn.Module):
         self.temperature = temperature
 
     def forward(self, images: Tensor) -> Tensor:
-        """Probabilities [n, classes] of uint8 images [n, 3, height, width], as --predict has them.
-        """
+        """Probabilities [n, classes] of uint8 images [n, 3, height, width], as --predict's."""
         squares = in_squares(images, self.side, self.runs[0].flags.FIT)
         answers = []
         for run in self.runs:
