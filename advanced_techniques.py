@@ -2901,9 +2901,8 @@ def say_time_to_come(run: Run, data: Data) -> None:
     images = min(flags.BATCH_SIZE, len(data.split["train"]))
     update = trial_update(run, data, len(run.groups), flags=flags)
     seconds = min(seconds_of(update, run.device) for _ in range(2))  # the first one warms up
-    epochs = run.flags.NUM_EPOCHS - len(run.epochs)
-    minutes = epochs * len(data.split["train"]) / images * seconds / 60
-    say(f"  At most about {max(1, minutes):.0f} min of training.")
+    images_left = (run.flags.NUM_EPOCHS - len(run.epochs)) * len(data.split["train"])
+    say(f"  At most about {max(1, images_left / images * seconds / 60):.0f} min of training.")
 
 
 # ==== Report: report.txt, results.json and what goes with them ====================================
@@ -3160,9 +3159,8 @@ def calibration_section(results: dict[str, Any]) -> Body:
                     "ECE at it": f"{model['calibrated_error']:.3f}"}
         rows.append(row)
     return [rows, "NLL: negative log-likelihood; ECE: expected calibration error; lower is better. "
-            "Temperature: each probability to the power of 1/temperature, adding up to 1 again "
-            "(Guo et al., 2017); fitted on 100 validation images or more, if 10 of them are "
-            "mistaken. --predict answers so."]
+            "Temperature: probabilities to the power of 1/temperature, rescaled (Guo et al., 2017) "
+            "and fitted on 100 validation images or more with 10 mistakes. --predict answers so."]
 
 
 def speed_section(results: dict[str, Any]) -> Body:
@@ -3291,8 +3289,7 @@ def plot(name: str, title: str, flags: SimpleNamespace, grid: tuple[int, int] = 
     families = [family for family in FONTS if family in font_manager.get_font_names()]
     style = {"font.family": families, "axes.spines.top": False, "axes.spines.right": False,
              "axes.prop_cycle": cycler(color=COLOURS)}
-    with rc_context(style), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of letters that no font has
+    with rc_context(style), warnings.catch_warnings(action="ignore"):  # letters that no font has
         figure = Figure(figsize=size, layout="constrained", dpi=110)
         title = textwrap.fill(title, round(9 * size[0]))  # nine bold letters take an inch
         figure.suptitle(title, fontsize=12, fontweight="bold")
@@ -3400,7 +3397,7 @@ def plot_rates(job: Job, results: dict[str, Any], final: Tensor) -> None:
             learning = [update for update in range(epochs * updates)
                         if layer < groups_learning(update // updates, run)]
             rates = [learning_rate(update, layer, updates, run) for update in learning]
-            axis.plot(np.array(learning) / updates, rates, label=label, linewidth=1.5)
+            axis.plot(np.array(learning) / updates, rates, label=label)
         axis.set(xlabel="epochs done", ylabel="learning rate", yscale="log",
                  ylim=(run.flags.BASE_LEARNING_RATE * 1e-4, None))
         axis.legend(frameon=False, fontsize=8, loc="lower left")
@@ -3435,12 +3432,12 @@ def predict_files(job: Job) -> None:
     """Classify an image, or all images below a folder, as the run that trained the models did."""
     job.device = choose_device()
     paths: list[Path] = []
-    folders: list[Path] = []  # in which each of them lies
+    inner: list[Path] = []  # the same, below PREDICT
     others: list[Path] = []
     for target in map(Path, job.flags.PREDICT):
         found, more = image_files(target, set()) if target.is_dir() else ([target], [])
         paths += found
-        folders += [target if target.is_dir() else target.parent] * len(found)
+        inner += [path.relative_to(target) for path in found]
         others += more
     runs, saved, temperature = stored_models(job)
     classes = saved["classes"]
@@ -3469,8 +3466,7 @@ def predict_files(job: Job) -> None:
         if len(rows) <= 21:
             say(f"{row[0]}: {', '.join(row[1:])}")
     if len(paths) > 1 or Path(job.flags.PREDICT[0]).is_dir():
-        inner = [paths[place].relative_to(folders[place]) for place in readable]
-        say_accuracy(inner, believed, classes)
+        say_accuracy([inner[place] for place in readable], believed, classes)
         write_table(Path(job.flags.OUTPUT_DIR, "predictions.csv"), rows)
         say(f"{len(readable):,} images classified, {len(unreadable) + len(others):,} left out; all "
             f"answers are in {job.flags.OUTPUT_DIR}/predictions.csv.")
@@ -3501,13 +3497,11 @@ def stored_models(job: Job) -> tuple[list[Run], dict[str, Any], float | None]:
         entries = results["models"]
         if results["ensemble"]["accuracy"] is None:
             entries = [max(entries, key=lambda entry: entry["validation_accuracy"])]
-        used = results["flags"]
-        temperature = results["temperature"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise Stop(f"PREDICT: {folder}/results.json can't be used ({reason(error)}). Train first, "
                    "or name the folder of a finished run with --output-dir.") from None
     here = {name: getattr(job.flags, name) for name in ("DATA_DIR", "OUTPUT_DIR", "MEMORY_GB")}
-    flags = SimpleNamespace(**FLAGS | used | here)
+    flags = SimpleNamespace(**FLAGS | results["flags"] | here)
     runs = []
     for entry in entries:
         file = checkpoint_file(entry["name"], flags)
@@ -3522,7 +3516,7 @@ def stored_models(job: Job) -> tuple[list[Run], dict[str, Any], float | None]:
         for name in ("mean", "std"):  # another version of timm may name others
             setattr(run, name, torch.tensor(saved[name], device=job.device))
         runs.append(run)
-    return runs, saved, temperature
+    return runs, saved, results["temperature"]
 
 
 # ==== Handing over: files that serve without this script ==========================================
@@ -3552,13 +3546,12 @@ def hand_over(job: Job, final: Tensor) -> dict[str, Any]:
         file.unlink(missing_ok=True)  # what wasn't tried isn't handed over
         return dict(file=None, said=f"ensemble.pt2 was not made ({reason(error)}). Nothing else is "
                     "touched by that; --predict answers as ever.")
-    wanted = final[: len(answers)]
-    apart = float((answers - wanted).abs().max())
-    same = int((answers.argmax(1) == wanted.argmax(1)).sum())
+    final = final[: len(answers)]
+    apart = float((answers - final).abs().max())
+    same = int(is_right(answers, final.argmax(1)).sum())
     said = (f"{file} answers {same:,} of {len(answers):,} test images as this run does, "
             f"probabilities apart by at most {apart:.1g} (16 bits and other devices round "
-            "otherwise). It needs PyTorch alone; models/ holds the networks for timm. README.md "
-            "shows how to use both.")
+            "otherwise). It needs PyTorch alone; models/ is for timm. README.md shows both.")
     return dict(file=str(file), images=len(answers), same_class=same, largest_difference=apart,
                 said=said)
 
@@ -3570,8 +3563,7 @@ def export_program(program: HandedOver, example: Tensor, classes: list[str]) -> 
     content = io.BytesIO()
     extra = {"classes.json": json.dumps(classes),
              "flags.json": json.dumps(vars(program.runs[0].flags))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tensors on other devices: all are on the CPU
+    with warnings.catch_warnings(action="ignore"):  # of other devices: all are on the CPU
         exported = torch.export.export(
             program, (example,), dynamic_shapes=({0: any_size, 2: any_size, 3: any_size},))
         torch.export.save(exported, content, extra_files=extra)
