@@ -3016,11 +3016,10 @@ def write_tables(job: Job, final: Tensor) -> None:
     write_table(Path(job.flags.OUTPUT_DIR, "test_predictions.csv"), rows)
 
     belief = torch.stack([one.belief for one in job.tested]).mean(0)
-    labels = data.truth("train")
     rows = [["image", "class", "belief"]]
     for place in belief.argsort(stable=True)[:10_000].tolist():
-        rows.append([data.names[data.split["train"][place]], data.classes[labels[place]],
-                     f"{belief[place]:.4f}"])
+        image = data.split["train"][place]
+        rows.append([data.names[image], data.classes[data.labels[image]], f"{belief[place]:.4f}"])
     write_table(Path(job.flags.OUTPUT_DIR, "train_labels.csv"), rows)
 
 
