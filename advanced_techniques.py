@@ -3133,10 +3133,11 @@ def accuracy_section(results: dict[str, Any]) -> Body:
 def classes_section(results: dict[str, Any]) -> Body:
     """Each class's recall and precision, the hardest first, 20 at most; and the mean over all."""
     tested = [entry for entry in results["classes"] if entry["images"]]
+    hardest = sorted(tested, key=lambda entry: entry["recall"])
     rows = [{"class": textwrap.shorten(entry["name"], 30), "images": entry["images"],
              "recognised": entry["recall"], "95 % interval": span(entry["recall_interval"]),
              "precision": entry["precision"], "F1": f"{entry['f1']:.3f}"}
-            for entry in sorted(tested, key=lambda entry: entry["recall"])[:20]]
+            for entry in hardest[:20]]
     more = f"And {len(tested) - 20:,} more classes in results.json. " if len(tested) > 20 else ""
     mean = results["over_classes"]
     return [rows, f"{more}Balanced accuracy, in which each class counts alike: "
