@@ -1006,8 +1006,7 @@ def checkpoint_file(name: str, flags: SimpleNamespace) -> Path:
 
 def signature_of(run: Run, data: Data) -> dict[str, Any]:
     """What has to be the same for training to go on: flags that matter, the model, the images."""
-    signature = {name: getattr(run.flags, name) for name in DECISIVE}
-    return signature | {
+    return {name: getattr(run.flags, name) for name in DECISIVE} | {
         "BATCH_SIZE x GRADIENT_ACCUMULATION_STEPS": (
             run.flags.BATCH_SIZE * run.flags.GRADIENT_ACCUMULATION_STEPS),
         "the model's architecture": run.weights.architecture,
@@ -1065,7 +1064,7 @@ def resume(run: Run, data: Data) -> Tested | None:
         if changed:
             raise Stop(f"RESUME: {file} comes from another run: {'; '.join(changed)}. That is "
                        "another training, also where it is only longer: set it back, delete the "
-                       f"file to train anew, or begin with its weights, by --pretrained "
+                       "file to train anew, or begin with its weights, by --pretrained "
                        f"{file.parent} and another --output-dir.")
         if "finished" in saved:
             say(f"  RESUME: {file} holds the finished model.")
@@ -1102,10 +1101,10 @@ def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
 
 # ==== Processes: several of them, on one machine or more, as torchrun starts them =================
 
-
 # Notebooks and schedulers leave some of torchrun's variables behind: only all of them count.
 GIVEN = [os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")]
 LAUNCHED = all(map(str.isdecimal, GIVEN)) and "MASTER_ADDR" in os.environ
+# How many there are; which one this is, of all, and of those on this machine
 PROCESSES, RANK, LOCAL_RANK, _ = map(int, GIVEN) if LAUNCHED else (1, 0, 0, 0)
 
 
@@ -1673,7 +1672,6 @@ def published(name: str, classes: list[str], images: np.ndarray, labels: np.ndar
 
 # ==== Drawn shapes: the built-in data set =========================================================
 
-
 OUTLINES = {  # points on a circle; where every other one lies, as a share of the circle's radius
     "disc": (48, 1.0),
     "triangle": (6, 0.5),
@@ -1832,24 +1830,11 @@ def how_to_sort(loose: list[Path]) -> str:
             f"    import csv, glob, os, re\n    {find}\n        os.renames(name, {into})")
 
 
-def several_in(paths: list[Path]) -> Iterator[str]:
-    """A sentence on files that hold several pictures, if any do: stacks, animations."""
-    several = []
-    for path in paths:
-        with contextlib.suppress(Exception), Image.open(path) as image:
-            # MPO: a camera's JPEG, with smaller ones behind it
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                several.append(printable(path))
-    if several:
-        yield (f"{len(several):,} files hold several pictures, of which the first is taken, such "
-               f"as {several[0]}.")
-
-
 def read_files(source: Source, chosen: np.ndarray, flags: SimpleNamespace) -> np.ndarray:
     """The chosen images of a folder: uint8 [n, 3, side, side]."""
     paths = [source.files[place] for place in chosen]
-    images, source.unreadable = decode_all(paths, stored_side(flags), flags, source.scale)
-    source.notices += several_in(paths)
+    side = stored_side(flags)
+    images, source.unreadable = decode_all(paths, side, flags, source.scale, source.notices)
     if source.unreadable:
         said = listed(source.unreadable, flags)
         if not flags.SKIP_UNREADABLE:
@@ -1993,19 +1978,21 @@ GREY = 128  # what fills the square around an image that is padded
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 
-def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
-               scale: list[float]) -> tuple[np.ndarray, dict[int, str]]:
+def decode_all(paths: list[Path], side: int, flags: SimpleNamespace, scale: list[float],
+               notices: list[str]) -> tuple[np.ndarray, dict[int, str]]:
     """All the images, uint8 [n, 3, side, side], and why which files can't be read.
 
     scale: the values shown black and white in pixels of more than 8 bits, one for the whole data
     set. Where it is empty, and there are such pixels, it is found in these images, and filled.
+    notices: get a sentence on files that hold several pictures, as stacks and animations do.
     """
     images = room_for((len(paths), 3, side, side), flags)
     unreadable: dict[int, str] = {}
+    several: list[str] = []
 
     def read(place: int) -> None:
         try:
-            images[place] = decode(paths[place], side, flags.FIT, scale)
+            images[place] = decode(paths[place], side, flags.FIT, scale, several)
         except Exception as error:  # Pillow raises nearly anything on a damaged file
             images[place] = 0
             why = reason(error).removesuffix(f" {str(paths[place])!r}")
@@ -2023,6 +2010,9 @@ def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
                 low, high = np.sort(extents, axis=0).T
                 scale += [float(low[spare]), max(float(high[-1 - spare]), float(low[spare]) + 1e-6)]
         list(progress(pool.map(read, range(len(paths))), "decoding", len(paths)))
+    if several:
+        notices.append(f"{len(several):,} files hold several pictures, of which the first is taken,"
+                       f" such as {min(several)}.")
     return images, unreadable
 
 
@@ -2043,7 +2033,7 @@ def room_for(shape: tuple[int, ...], flags: SimpleNamespace) -> np.ndarray:
                    "or lower TRAIN_IMAGES or IMAGE_SIZE.") from None
 
 
-def decode(path: Path, side: int, fit: str, scale: list[float]) -> np.ndarray:
+def decode(path: Path, side: int, fit: str, scale: list[float], several: list[str]) -> np.ndarray:
     """An image file's first picture, uint8 [3, side, side], made a square as FIT has it.
 
     As it is meant to be seen: turned as its EXIF data say, transparency laid over white, more than
@@ -2051,10 +2041,11 @@ def decode(path: Path, side: int, fit: str, scale: list[float]) -> np.ndarray:
     """
     if path.exists() and not path.is_file():
         raise OSError("not a file")  # as a pipe
-    with Image.open(path) as image:
-        image.load()
+    with Image.open(path) as file:
+        file.load()
+        image = file
         with contextlib.suppress(Exception):  # EXIF data that nobody can understand
-            image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(file)
         if image.mode[0] in "IF":  # more than 8 bits: Pillow would clip them
             black, white = scale or (0, 65535)  # where the training images had none
             values = np.nan_to_num(np.asarray(image, float), nan=black, posinf=white, neginf=black)
@@ -2064,6 +2055,10 @@ def decode(path: Path, side: int, fit: str, scale: list[float]) -> np.ndarray:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         square = squared(image.convert("RGB"), side, fit)
+        with contextlib.suppress(Exception):  # as where a later picture is damaged
+            # MPO: a camera's JPEG, with smaller ones behind it
+            if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":
+                several.append(printable(path))
         return np.asarray(square).transpose(2, 0, 1)
 
 
@@ -2302,10 +2297,10 @@ def copy_notices(parts: dict[str, np.ndarray], number: np.ndarray, labels: Tenso
                f"{names[chosen[copies[0]]]}. As far as the split is this run's, copies are kept in "
                "one part.")
     yield from torn_notices(parts, number, names, "COPIES: {} are")
-    torn = np.flatnonzero(labels[chosen] != labels[original])
-    if len(torn):
-        yield (f"COPIES: {len(torn):,} images lie in more than one class, such as "
-               f"{names[chosen[torn[0]]]} and {names[original[torn[0]]]}: a label is wrong.")
+    astray = np.flatnonzero(labels[chosen] != labels[original])
+    if len(astray):
+        yield (f"COPIES: {len(astray):,} images lie in more than one class, such as "
+               f"{names[chosen[astray[0]]]} and {names[original[astray[0]]]}: a label is wrong.")
 
 
 def torn_notices(parts: dict[str, np.ndarray], number: np.ndarray, names: list[str],
@@ -2616,15 +2611,16 @@ def describe_vote(tested: list[Tested], data: Data) -> dict[str, Any]:
     tta_gain, tta_interval = paired_gain(averaged, best.averaged, labels)
     predicted = torch.stack([one.plain.argmax(1) for one in tested])  # [models, n]
     validation = soft_vote(one.validation for one in tested)
+    figures = judge(plain, labels, "test_")
     return dict(
         name=f"ensemble of {len(tested)}", seconds=sum(one.entry["seconds"] for one in tested),
         parameters=sum(one.entry["parameters"] for one in tested), train_accuracy=None,
         validation_accuracy=score(validation, data.truth("validation"))[1],
-        **judge(plain, labels, "test_"), **judge(averaged, labels, "tta_"),
+        **figures, **judge(averaged, labels, "tta_"), accuracy=figures["test_accuracy"],
         gain_over_best=gain, gain_interval=interval,
         tta_gain_over_best=tta_gain, tta_gain_interval=tta_interval,
         disagreement=(predicted != predicted[0]).any(0).double().mean().item(),
-        **calibrate(validation, averaged, data), accuracy=score(plain, labels)[1])
+        **calibrate(validation, averaged, data))
 
 
 def at_temperature(probabilities: Tensor, temperature: float | None) -> Tensor:
@@ -2795,7 +2791,8 @@ def as_tested(tested: list[Tested], tta: bool) -> list[dict[str, Any]]:
     final: probabilities [n, classes] of the test images; time: seconds of training and testing;
     memory: bytes that the tensors of an update take in its last stage, or None.
     """
-    answer, seconds = ("averaged", "tta_seconds") if tta else ("plain", "plain_seconds")
+    answer = "averaged" if tta else "plain"
+    seconds = "tta_seconds" if tta else "plain_seconds"
     return [dict(final=getattr(one, answer), time=one.entry["seconds"] + one.entry[seconds],
                  memory=one.entry.get("memory_bytes")) for one in tested]
 
@@ -3441,8 +3438,10 @@ def predict_files(job: Job) -> None:
         others += more
     runs, saved, temperature = stored_models(job)
     classes = saved["classes"]
-    images, unreadable = decode_all(paths, saved["stored_size"], runs[0].flags, saved["scale"])
-    say(*several_in(paths))
+    notices: list[str] = []
+    images, unreadable = decode_all(paths, saved["stored_size"], runs[0].flags, saved["scale"],
+                                    notices)
+    say(*notices)
     if others:
         say(f"{len(others):,} files are no images and are left out, such as {others[0]}.")
     if unreadable:
