@@ -1,4 +1,5 @@
 """How much faster than the textbook loop? python tests/benchmark.py [--quick] [--help]
+When does unfreezing pay? python tests/benchmark.py --unfreezing
 
 Not a test. Runs the textbook fine-tuning loop and the project's trainer in turn, each run in a
 process of its own, on the same images, backbone, weights, schedule and seeds, and prints medians
@@ -12,12 +13,12 @@ import argparse
 import json
 import math
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,18 +97,15 @@ def textbook(run: at.Run, data: at.Data) -> dict[str, Any]:
     criterion = nn.CrossEntropyLoss(label_smoothing=flags.LABEL_SMOOTHING)
     accumulation = flags.GRADIENT_ACCUMULATION_STEPS
     updates = math.ceil(len(train) / accumulation) * flags.NUM_EPOCHS // flags.UNFREEZING_STAGES
-    times, accuracies, waited, stage = [], [], 0.0, None
+    times, accuracies, stage = [], [], None
     started = time.perf_counter()
     for epoch in range(flags.NUM_EPOCHS):
         if at.stage_of(epoch, run) != stage:
             stage = at.stage_of(epoch, run)
             optimizer, scheduler = textbook_stage(run, stage, updates)
         network.train()
-        running_loss, correct, batches = 0.0, 0, iter(train)
-        for step in range(len(train)):
-            asked = time.perf_counter()
-            inputs, labels = next(batches)
-            waited += time.perf_counter() - asked
+        running_loss, correct = 0.0, 0
+        for step, (inputs, labels) in enumerate(train):
             outputs = network(inputs)
             loss = criterion(outputs, labels)
             (loss / accumulation).backward()
@@ -122,9 +120,7 @@ def textbook(run: at.Run, data: at.Data) -> dict[str, Any]:
         times.append(time.perf_counter() - started)
     memory = peak_memory()
     test = textbook_accuracy(network, loaders["test"])
-    augmented = images_per_second(len(data.split["train"]), lambda: exhaust(train))
-    return dict(times=times, accuracies=accuracies, waited=waited, memory=memory, test=test,
-                augmented=augmented)
+    return dict(times=times, accuracies=accuracies, memory=memory, test=test)
 
 
 def trainer(run: at.Run, data: at.Data) -> dict[str, Any]:
@@ -132,57 +128,20 @@ def trainer(run: at.Run, data: at.Data) -> dict[str, Any]:
 
     Without the checkpoints, which the textbook loop doesn't write either.
     """
-    waited, times = [], []
-    deal_out, produce, validate = at.deal_out, at.micro_batches, at.validate
-
-    def timed_plan(*arguments: Any) -> Any:
-        asked = time.perf_counter()
-        answer = deal_out(*arguments)
-        waited.append(time.perf_counter() - asked)
-        return answer
-
-    def timed_batches(*arguments: Any) -> Iterator[at.MicroBatch]:
-        batches = produce(*arguments)
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            waited.append(time.perf_counter() - asked)
-            if batch is None:
-                return
-            yield batch
+    times, validate = [], at.validate
 
     def timed_validate(*arguments: Any) -> Tensor:
         answer = validate(*arguments)
         times.append(time.perf_counter() - started)
         return answer
 
-    at.deal_out, at.micro_batches, at.validate = timed_plan, timed_batches, timed_validate
+    at.validate = timed_validate
     at.save_checkpoint = lambda run, data: None
     started = time.perf_counter()
     at.train_model(run, data)
-    spent = sum(waited)
     test = at.score(at.predict(run, data, "test", [{}])[0], data.truth("test"))[1]
-
-    def augment_epoch() -> None:
-        plan = deal_out(run, data, 0)
-        views = torch.cat([part.views for part in plan])
-        chosen = torch.cat([part.chosen for part in plan])
-        exhaust(produce(run, data, at.Part(len(chosen), chosen, views)))
-
     return dict(times=times, accuracies=[entry["validation_accuracy"] for entry in run.epochs],
-                waited=spent, memory=peak_memory(), test=test,
-                augmented=images_per_second(len(data.split["train"]), augment_epoch))
-
-
-def exhaust(batches: Iterable) -> None:
-    """Take every batch and keep none."""
-    for _ in batches:
-        pass
-
-
-def images_per_second(images: int, epoch: Callable[[], Any]) -> float:
-    """Speed of an epoch that does nothing but augment its images: the median of five."""
-    return statistics.median(images / at.seconds_of(epoch, CPU) for _ in range(5))
+                memory=peak_memory(), test=test)
 
 
 def peak_memory() -> float:
@@ -244,13 +203,10 @@ def figures(book: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[float
     """What is compared, of the textbook loop and of the trainer."""
     target = book["accuracies"][-1]
     reached = (time_until(target, book), time_until(target, ours))
-    waited = [100 * one["waited"] / one["times"][-1] for one in (book, ours)]
     return {
         "whole schedule (s)": (book["times"][-1], ours["times"][-1]),
         "until the textbook's final validation accuracy (s)": (book["times"][-1], reached[1]),
         "the same, textbook's first time too (s)": reached,
-        "augmentation alone (images/s)": (book["augmented"], ours["augmented"]),
-        "waiting for data (% of the time)": (waited[0], waited[1]),
         "peak memory (MB)": (book["memory"] / 1e6, ours["memory"] / 1e6),
         "final validation accuracy (%)": (100 * target, 100 * ours["accuracies"][-1]),
         "test accuracy (%)": (100 * book["test"], 100 * ours["test"]),
@@ -265,11 +221,117 @@ def time_until(accuracy: float, one: dict[str, Any]) -> float:
     return math.inf
 
 
+# ---- When does unfreezing pay? ----
+
+STAMPS = Path("/usr/share/tuxpaint/stamps")  # Debian's tuxpaint-stamps-default: small photographs
+KINDS = ("animals/birds", "animals/fish", "animals/insects", "animals/mammals", "food/fruit",
+         "food/vegetables", "plants/flowers")
+WAYS = {  # what is compared with gradual unfreezing: the flags that it takes
+    "head alone": dict(UNFREEZING_STAGES=1),
+    "all layers, equal epochs": dict(GRADUAL_UNFREEZING=False),
+    "all layers, equal time": dict(GRADUAL_UNFREEZING=False),
+}
+
+
+def unfreezing(seeds: int, architecture: str, folder: str) -> None:
+    """Print how accurate each way of unfreezing is, far from ImageNet and near it."""
+    at.save_checkpoint = lambda run, data: None
+    at.say = lambda *lines: None
+    small = dict(USE_TTA=False, DATA_DIR=folder, OUTPUT_DIR=folder)
+    tasks = {}
+    for images in (200, 800, 2400) if at.DEBIAN_FASHION_MNIST.is_dir() else ():
+        changes = small | dict(DATASET="fashion_mnist", TRAIN_IMAGES=images)
+        job = job_with(changes)
+        tasks[f"Fashion-MNIST, {images:,} images"] = changes, [at.load_data(job)]
+    if STAMPS.is_dir():
+        tasks["photographs, four fifths of 189, in turn"] = small, folds(job_with(small), folder)
+    for name, (changes, parts) in tasks.items():
+        rows = {way: [] for way in ("gradual", *WAYS)}  # of each seed: which are right, seconds
+        for seed in range(seeds):
+            rows["gradual"].append(trained(architecture, parts, seed, changes))
+            for way, flags in WAYS.items():
+                if way == "all layers, equal time":
+                    share = rows["gradual"][-1][1] / rows["all layers, equal epochs"][-1][1]
+                    epochs = max(1, int(share * at.NUM_EPOCHS))
+                    flags = flags | dict(NUM_EPOCHS=min(at.NUM_EPOCHS, epochs))
+                rows[way].append(trained(architecture, parts, seed, changes | flags))
+        print(f"\n{name} ({architecture}, {seeds} seeds)", flush=True)
+        clear = {}
+        for way, row in rows.items():
+            right = torch.stack([one[0] for one in row]).double()
+            difference = right - torch.stack([one[0] for one in rows["gradual"]]).double()
+            change, interval = at.crossed_interval(difference.numpy())
+            seconds = statistics.mean(one[1] for one in row)
+            clear[way] = (interval[0] > 0) - (interval[1] < 0)
+            told = "" if way == "gradual" else at.points(change, interval)
+            print(f"  {way:26}{right.mean():8.1%}   {told:26}{seconds:7.0f} s", flush=True)
+        print("  " + advice(clear), flush=True)
+
+
+def advice(clear: dict[str, int]) -> str:
+    """What to do, by whether each way is clearly better (1) or worse (-1) than gradually, or not.
+    """
+    parts = ["The head alone is enough." if clear["head alone"] >= 0 else "Unfreeze."]
+    parts.append({1: "In equal time all layers at once are better.", -1: "Gradually is better "
+                  "than all layers at once in equal time.", 0: "In equal time, gradually and all "
+                  "at once don't clearly differ."}[clear["all layers, equal time"]])
+    if clear["all layers, equal epochs"] > 0:
+        parts.append("With time to spare: all layers from the start.")
+    return " ".join(parts)
+
+
+def job_with(changes: dict[str, Any]) -> at.Job:
+    """A job with some flags, fitted to the device as a run's are."""
+    job = at.Job(SimpleNamespace(**at.FLAGS | changes), at.choose_device())
+    job.flags = at.small_profile(job.flags, job.device)
+    return job
+
+
+def trained(architecture: str, parts: list[at.Data], seed: int,
+            changes: dict[str, Any]) -> tuple[Tensor, float]:
+    """Whether the answers to the test images of all parts are right, and seconds of training."""
+    right, seconds = [], 0.0
+    for data in parts:
+        job = job_with(changes)
+        job.data = data
+        run = at.new_run(architecture, at.shipped_weights(architecture, architecture), seed, job)
+        at.train_model(run, data)
+        seconds += sum(entry["seconds"] for entry in run.epochs)
+        answers = at.predict(run, data, "test", at.VIEWS[:1])[0]
+        right.append(at.is_right(answers, data.truth("test")))
+    return torch.cat(right), seconds
+
+
+def folds(job: at.Job, folder: str, count: int = 5) -> list[at.Data]:
+    """The photographs as so many data sets, each with another share of them to test on."""
+    place = Path(folder, "stamps")
+    for kind in KINDS:
+        (place / Path(kind).name).mkdir(parents=True)
+        for file in (STAMPS / kind).rglob("*.png"):
+            if "cartoon" not in file.parts:
+                shutil.copy(file, place / Path(kind).name)
+    source = at.image_folder(place, job.flags)
+    order = at.np.random.default_rng(0).permutation(len(source.labels))
+    order = order[at.np.argsort(source.labels[order], kind="stable")]
+    images = torch.from_numpy(source.read(order))
+    labels = torch.from_numpy(source.labels[order])
+    everything = torch.arange(len(order))
+    parts = []
+    for fold in range(count):
+        test = everything % count == fold
+        # Nothing is chosen by validation images: some of the training images will do.
+        split = dict(train=everything[~test], validation=everything[~test][:20],
+                     test=everything[test])
+        parts.append(at.Data(source.name, source.classes, images, labels, split))
+    return parts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true",
                         help="300 images, 8 epochs, one backbone: under two minutes")
+    parser.add_argument("--unfreezing", action="store_true", help="print the table of unfreezing")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each loop (default: 1)")
     parser.add_argument("--architectures", default="tf_efficientnet_lite0,resnet18",
                         help="comma-separated timm names")
@@ -287,6 +349,9 @@ def main() -> None:
     if options.quick:
         options.images, options.epochs, options.architectures = 300, 8, "tf_efficientnet_lite0"
     with tempfile.TemporaryDirectory() as folder:
+        if options.unfreezing:
+            unfreezing(options.seeds, options.architectures.split(",")[0], folder)
+            return
         changes = dict(TRAIN_IMAGES=options.images, NUM_EPOCHS=options.epochs, DATA_DIR=folder,
                        OUTPUT_DIR=folder)
         for architecture in options.architectures.split(","):

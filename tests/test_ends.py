@@ -150,7 +150,16 @@ def test_plots_that_can_not_be_drawn_cost_a_line_each(small, out, trained, monke
     ended = call([*small, "--resume", "true"])
     assert ended.code == 0, ended
     assert ended.out.count("could not be drawn") == len(list(trained.glob("*.png")))
-    assert not list(out.glob("*.png")) and (out / "train_labels.csv").is_file()
+    assert not list(out.glob("[!v]*.png")) and (out / "train_labels.csv").is_file()
+
+
+def test_what_the_network_sees_is_drawn_before_training_starts(small, out, monkeypatch):
+    def no_training(*_):
+        raise at.Stop("no training")
+    monkeypatch.setattr(at, "train_model", no_training)
+    ended = call(small)
+    assert ended.code == 2 and f"{out}/views.png" in ended.out
+    assert [file.name for file in out.glob("*.png")] == ["views.png"]
 
 
 # ---- Two runs in one folder ----
@@ -197,7 +206,7 @@ def test_names_in_any_letters_and_none_survive_an_ascii_terminal(tmp_path):
     classes = set(results["dataset"]["classes"])
     assert {"猫", "chien été"} < classes
     assert "猫" in (out / "report.txt").read_text("utf-8")
-    assert len(list(out.glob("*.png"))) == 4 and (out / "ensemble.pt2").is_file()
+    assert len(list(out.glob("*.png"))) == 5 and (out / "ensemble.pt2").is_file()
     ended = call(["--predict", str(pictures), "--output-dir", str(out)])
     assert ended.code == 0 and "Accuracy: " in ended.out
     with (out / "predictions.csv").open(newline="", encoding="utf-8") as stream:

@@ -209,6 +209,40 @@ def test_bf16_trains_and_answers_like_fp32():
     assert not torch.equal(half, whole)
 
 
+@pytest.mark.parametrize(("kernel", "side"), [(3, 1), (3, 2), (5, 2), (5, 3), (5, 4)])
+def test_the_gradients_of_small_maps_are_the_true_ones(kernel, side):
+    inputs = torch.randn(3, 4, side, side, dtype=torch.double, requires_grad=True)
+    weights = torch.randn(4, 1, kernel, kernel, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(at.SmallMaps.apply, (inputs, weights))
+    plain = F.conv2d(inputs, weights, padding=kernel // 2, groups=4)
+    torch.testing.assert_close(at.SmallMaps.apply(inputs, weights), plain)
+
+
+@pytest.mark.parametrize(("units", "architecture"), [
+    ("avx2", "mobilenetv3_small_050"), ("avx2", "convnext_atto"), ("", "mobilenetv3_small_050"),
+    ("avx2 avx512_f", "mobilenetv3_small_050")])
+def test_small_maps_are_for_cpus_that_gain_and_leave_a_network_s_gradients_alone(
+        units, architecture, monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units.split(), True))
+    monkeypatch.setattr(at.SmallMaps, "apply",
+                        lambda *of, apply=at.SmallMaps.apply: used.append(of) or apply(*of))
+    network = run_of(architecture).network.double().eval()
+    images, gradients = torch.rand(4, 3, 32, 32).double(), []
+    for size in (256, 32):  # the last maps are of 8 x 8 pixels, and of one
+        network.zero_grad()
+        network(F.interpolate(images, size)).sum().backward()
+        assert bool(used) == (units == "avx2" and size == 32)
+        used.clear()
+        gradients.append([one.grad.clone() for one in network.parameters()])
+    for module in network.modules():
+        vars(module).pop("forward", None)
+    network.zero_grad()
+    network(images).sum().backward()
+    for parameter, found in zip(network.parameters(), gradients[1], strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-9, atol=1e-12)
+
+
 def rates(updates: list[int], layer: int = 0, pretrained: bool = True, **changes) -> list[float]:
     """At updates of a run with 10 an epoch: 50 in each of four stages, 5 of them warm-up."""
     run = tiny_run(pretrained, **dict(NUM_EPOCHS=20, BASE_LEARNING_RATE=0.01) | changes)

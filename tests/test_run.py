@@ -135,7 +135,8 @@ def test_the_report_is_what_was_printed_and_names_what_answers(finished):
 def test_plots_are_pictures(finished):
     files = list(finished.outputs.glob("*.png"))
     names = sorted(file.stem for file in files)
-    assert names == ["confusion_matrix", "learning_rates", "predictions", "training_curves"]
+    assert names == ["confusion_matrix", "learning_rates", "predictions", "training_curves",
+                     "views"]
     assert {Image.open(file).format for file in files} == {"PNG"}
 
 

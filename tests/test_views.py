@@ -147,3 +147,9 @@ def test_only_a_crop_cuts_borders_off(fit, stored, corner):
     first = corner + (share - 1) / 2
     assert seen[0].item() == pytest.approx(first, abs=1e-2)
     assert seen[-1].item() == pytest.approx(stored - 1 - first, abs=1e-2)
+
+
+def test_inputs_can_be_shown_as_colours_again():
+    run, images = tiny_run(IMAGE_SIZE=36), random_data().images[:3]
+    torch.testing.assert_close(at.in_colour(at.show(images, run), run), images / 255,
+                               rtol=0, atol=1e-3)
