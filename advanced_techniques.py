@@ -90,7 +90,7 @@ NUM_EPOCHS = 20  # passes over the training images, shared out evenly between th
 UNFREEZING_STAGES = 4  # how many layer groups learn in the last stage; 1: the head alone, all along
 BASE_LEARNING_RATE = 4e-3  # peak rate of the head; earlier layer groups get less
 LAYER_RATE_DECAY = 0.7  # a layer group's rate is this times that of the next one nearer the head
-WEIGHT_DECAY = 0.05  # decoupled weight decay of AdamW
+WEIGHT_DECAY = 0.05  # AdamW's: at each update weights shrink by the rate times this
 LABEL_SMOOTHING = 0.1  # share of the target's probability that is spread over all classes
 BALANCE = False  # train so that rare classes count as much as common ones
 HORIZONTAL_FLIP = True  # mirror images in training and TTA; off for text, digits: left is not right
@@ -206,7 +206,7 @@ def new_run(name: str, weights: Weights, seed: int, job: Job) -> Run:
     torch.manual_seed(seed)
     network = new_network(weights.architecture, len(job.data.classes), flags, weights.overlay)
     for parameter in network.get_classifier().parameters():
-        nn.init.normal_(parameter, std=0.01)  # timm's is too wild for EfficientNet, few classes
+        nn.init.normal_(parameter, std=0.01)  # timm's are too large for few classes
     network = network.to(device, memory_format=torch.channels_last)  # the faster order in memory
     speed_up(network, device)
     groups = layer_groups(network)
@@ -268,7 +268,7 @@ def backbone_blocks(network: nn.Module) -> list[list[str]]:
 
 
 def by_resolution(blocks: list[list[str]], network: nn.Module) -> list[list[str]]:
-    """Blocks put together that work at one resolution, by timm's list of each feature's stride.
+    """Blocks put together that work at one resolution: timm tells what a side is divided by.
 
     Where too few resolutions are known, as in a vision transformer, whose blocks all work at one,
     a group is a quarter of the depth.
@@ -327,11 +327,9 @@ def set_training(module: nn.Module, parent: bool = True) -> None:
     A frozen BatchNorm in training mode would still drift: its running mean and variance are no
     parameters, so requires_grad can't stop them.
     """
-    parameters = list(module.parameters())
-    if parameters:
-        module.training = any(parameter.requires_grad for parameter in parameters)
-    else:
-        module.training = parent  # a layer without parameters, such as dropout, follows its parent
+    learning = [parameter.requires_grad for parameter in module.parameters()]
+    # A layer without parameters, such as dropout, follows its parent.
+    module.training = any(learning) if learning else parent
     for child in module.children():
         set_training(child, module.training)
 
@@ -351,8 +349,8 @@ def learning_rate(update: int, layer: int, updates_per_epoch: int, run: Run) -> 
     decay = flags.LAYER_RATE_DECAY if run.weights.trained else 1.0
     peak = flags.BASE_LEARNING_RATE * decay ** min(layer, FEWEST_GROUPS)
 
-    # 2. A stage, or else the whole training, is a cycle (Loshchilov and Hutter, 2017): a group that
-    #    begins to learn needs a high rate, and the restart gives it. Warm: the weights stay.
+    # 2. A stage, or else the whole training, is a cycle in which the rate falls to 0 (Loshchilov
+    #    and Hutter, 2017). A group that has just joined needs a high rate: the restart gives it.
     epochs = stage_epochs(update // updates_per_epoch, run)
     position = update - epochs[0] * updates_per_epoch
     length = len(epochs) * updates_per_epoch
@@ -379,8 +377,8 @@ def make_optimizer(groups: dict[str, list[nn.Parameter]],
                    flags: SimpleNamespace) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, 2019) with every layer group in it for the whole run.
 
-    A frozen parameter has no gradient, and AdamW skips it. So unfreezing needs no new optimiser,
-    whose averages would start from nothing, and whose scheduler would still drive the old one.
+    A frozen parameter has no gradient, and AdamW skips it. So unfreezing needs no new optimiser:
+    its averages would start from nothing, and a scheduler might go on driving the old one.
     """
     settings = []
     for layer, parameters in enumerate(groups.values()):
@@ -400,7 +398,7 @@ def apply_update(run: Run, network: nn.Module, batches: Iterable[MicroBatch],
                  images: float, rates: list[float]) -> Tensor:
     """One optimiser step from several micro-batches.
 
-    images: how many the update holds, over the processes, which average gradients. Returns
+    images: those of the update, divided by the processes (one, or one a GPU). Returns
     float32 [3] on the device: the sum of losses, how many answers are right, 1 if it was skipped.
     """
     for group in run.optimizer.param_groups:  # two for each layer group: see make_optimizer
@@ -414,7 +412,7 @@ def apply_update(run: Run, network: nn.Module, batches: Iterable[MicroBatch],
         with autocast(run):
             logits = network(inputs)
         # The loss is taken in FP32: FP16's three digits are too few for a sum over classes.
-        loss = F.cross_entropy(logits.float() + run.prior,  # a head start for common classes
+        loss = F.cross_entropy(logits.float() + run.prior,  # zeros, unless BALANCE is on
                                labels, reduction="sum", label_smoothing=run.flags.LABEL_SMOOTHING)
         # backward() adds to the gradients that are there. Dividing by the images of the whole
         # update, and not by the number of micro-batches, makes their sum the mean over all these
@@ -452,7 +450,7 @@ def autocast(run: Run) -> contextlib.AbstractContextManager:
 def make_scaler(device: torch.device, precision: torch.dtype | None) -> torch.amp.GradScaler:
     """Loss scaling for FP16: small gradients would become 0 in it, so the loss is made larger.
 
-    BF16 and FP32 need no scale: it stays 1, and the scaler only skips updates that aren't finite.
+    BF16 and FP32 need none: it starts at 1 and never grows; updates not finite are skipped.
     """
     if precision == torch.float16:
         return torch.amp.GradScaler(device.type)
@@ -477,9 +475,6 @@ def choose_precision(network: nn.Module, device: torch.device,
                           "FP32.")
         return torch.bfloat16, ("This CPU has BF16 units. BF16 has the range of FP32, so no loss "
                                 "scaling is needed.")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
-        return None, ("This GPU is older than compute capability 7.0 and has no tensor cores, so "
-                      "training runs in FP32.")
     return torch.float16, "FP16 with loss scaling."
 
 
@@ -493,12 +488,12 @@ def train_epoch(run: Run, data: Data, epoch: int) -> dict[str, Any]:
     """
     started = time.perf_counter()
 
-    # 1. All in which epochs differ follows from the epoch's number, so that a run can be resumed:
+    # 1. The epoch's number alone decides all that varies, so a resumed run repeats it exactly:
     #    dropout's draws, what learns, which images make up each update, and how each is shown.
     torch.manual_seed(run.seed * 100_003 + epoch)
     unfreeze(run, groups_learning(epoch, run))
-    # While the head learns alone, the plan may hold the features that it is given: kept, they need
-    # no backbone.
+    # While the head learns alone, the plan may hold what the frozen backbone answers (features):
+    # then only the head has to run.
     plan = plan_epoch(run, data, epoch)
     network = across_processes(run.network.get_classifier() if run.kept else run.network)
 
@@ -512,14 +507,15 @@ def train_epoch(run: Run, data: Data, epoch: int) -> dict[str, Any]:
         rates = [learning_rate(update, layer, len(plan), run) for layer in range(len(run.groups))]
         totals.append(within_memory(functools.partial(one_update, part, rates), run))
 
-    # 3. The one wait for the device; then the sums of what was counted. The loss is no measure to
-    #    hold against validation's: its labels are smoothed, and its images augmented.
+    # 3. The one wait for the device; then the sums of what was counted. Don't compare the loss
+    #    with validation's: here labels are smoothed, and images augmented.
     totals = agreed(torch.stack(totals), run.network).cpu()
     loss, correct = totals[:, :2].nan_to_num(0, 0, 0).sum(0).tolist()
     skipped = (totals[:, 2] > 0).tolist()
     images = len(data.split["train"])
+    learning = [parameter for parameter in run.parameters if parameter.requires_grad]
     return dict(epoch=epoch + 1, stage=stage_of(epoch, run) + 1,
-                trainable_parameters=count_parameters(run.network, learning=True),
+                trainable_parameters=sum(map(torch.numel, learning)),
                 learning_rate=rates[0], train_loss=loss / images, train_accuracy=correct / images,
                 skipped_updates=sum(skipped), loss_scale=run.scaler.get_scale(),
                 skipped_in_a_row=stop_if_not_finite(run, epoch, skipped),
@@ -559,7 +555,7 @@ def tta_views(flags: SimpleNamespace) -> list[dict[str, Any]]:
 
 
 def predict(run: Run, data: Data, role: str, views: list[dict[str, Any]]) -> Tensor:
-    """A role's probabilities of each view, float32 [views, n, classes]: soft_vote averages them."""
+    """Probabilities of each view, float32 [views, n, classes]; role: "train", "test", ..."""
     return answer_views(run, data, role, views, run.network).softmax(-1).cpu()
 
 
@@ -666,12 +662,9 @@ def deal_out(run: Run, data: Data, epoch: int) -> list[Part]:
     random = torch.rand(len(train), len(RANDOM_NUMBERS), generator=generator)
     views = choose_views(random, run.flags.HORIZONTAL_FLIP).to(train.device)
     updates = updates_an_epoch(data, run.flags)
-    plan = []
-    for chosen, shown in zip(train[order].tensor_split(updates), views.tensor_split(updates),
-                             strict=True):
-        plan.append(Part(len(chosen), chosen.tensor_split(PROCESSES)[RANK],
-                         shown.tensor_split(PROCESSES)[RANK]))
-    return plan
+    cuts = zip(train[order].tensor_split(updates), views.tensor_split(updates), strict=True)
+    return [Part(len(chosen), chosen.tensor_split(PROCESSES)[RANK],
+                 shown.tensor_split(PROCESSES)[RANK]) for chosen, shown in cuts]
 
 
 def micro_batches(run: Run, data: Data, part: Part) -> Iterator[MicroBatch]:
@@ -966,9 +959,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of faulting it in anew: training is 15 to 40 % faster."""
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt  # its numbers are those of mallopt(3)
-        mmap_threshold, trim_threshold = -3, -1
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 class SmallMaps(torch.autograd.Function):
@@ -1066,8 +1058,7 @@ def signature_of(run: Run, data: Data) -> dict[str, Any]:
         # Whatever they are called and wherever they lie, the images and their classes decide.
         "the checksum of the images": data.fingerprint,
         "the checksum of the class names": zlib.crc32("\n".join(data.classes).encode()),
-        "the recipe's version": RECIPE,
-    }
+        "the recipe's version": RECIPE}
 
 
 def save_checkpoint(run: Run, data: Data, **finished: Any) -> None:
@@ -1107,11 +1098,10 @@ def resume(run: Run, data: Data) -> Tested | None:
         saved = load_checkpoint(file)
     saved = from_first_process(saved)  # other machines may not have it
     if saved:
-        changed = []
-        for name, value in signature_of(run, data).items():
-            before = saved["run"].get(name, value)
-            if before != value:
-                changed.append(f"{name} was {before} and is {value}")
+        now = signature_of(run, data)
+        before = now | saved["run"]  # what it lacks is of before that was there
+        changed = [f"{name} was {before[name]} and is {value}" for name, value in now.items()
+                   if before[name] != value]
         if changed:
             raise Stop(f"RESUME: {file} comes from another run: {'; '.join(changed)}. That is "
                        "another training, also where it is only longer: set it back, delete the "
@@ -1404,12 +1394,8 @@ def make_parser() -> argparse.ArgumentParser:
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
-    # These are values, not flags: -1e-3, -inf
-    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
-    text = ""
-    if "__file__" in globals():  # pasted into a notebook, the script has none
-        text = Path(__file__).read_text("utf-8")
-    text = text.partition("# ==== Flags")[2].partition("FLAGS = ")[0]
+    file = Path(globals().get("__file__", os.devnull))  # pasted into a notebook, there is none
+    text = file.read_text("utf-8").partition("# ==== Flags")[2].partition("FLAGS = ")[0]
     group = parser
     for title, name, comment in re.findall(r"^(?:# (.*)|([A-Z_]+) = .*?  # (.*))$", text, re.M):
         if title:
@@ -1667,11 +1653,10 @@ def find_source(flags: SimpleNamespace) -> Source:
         try:
             socket.setdefaulttimeout(PATIENCE)  # torchvision itself would wait for ever
             source = DATA_SETS[name](flags)
-        except Exception as error:  # a network, a full disk and a damaged file raise anything
-            why.append(f"{name} can't be had ({reason(error)}).")
-        else:
             source.notices.append(" ".join([*why, f"DATASET is {flags.DATASET}: {source.name}."]))
             return source
+        except Exception as error:  # a network, a full disk and a damaged file raise anything
+            why.append(f"{name} can't be had ({reason(error)}).")
         finally:
             socket.setdefaulttimeout(timeout)
     raise Stop(f"DATASET: {why[0]} Try again, choose another folder with --data-dir, or use "
@@ -2114,13 +2099,7 @@ def squared(image: Image.Image, side: int, fit: str) -> Image.Image:
         return ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
     if fit == "squash":
         return image.resize((side, side), Image.Resampling.BILINEAR)
-    longest = max(image.size)
-    width = max(1, round(image.width * side / longest))
-    height = max(1, round(image.height * side / longest))
-    square = Image.new("RGB", (side, side), (GREY, GREY, GREY))
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+    return ImageOps.pad(image, (side, side), Image.Resampling.BILINEAR, (GREY, GREY, GREY))
 
 
 def extent_of(path: Path) -> list[float] | None:
@@ -2219,8 +2198,7 @@ def evenly_filled(order: np.ndarray, limit: int, labels: np.ndarray) -> np.ndarr
     return order[np.sort(taken)]
 
 
-def check_parts(source: Source, labels: np.ndarray | Tensor,
-                parts: dict[str, np.ndarray]) -> None:
+def check_parts(source: Source, labels: np.ndarray | Tensor, parts: dict[str, np.ndarray]) -> None:
     """Stop unless every part, indices into labels, has images, and "train" has every class."""
     missing = names_missing(source, labels[parts["train"]])
     if missing:
@@ -2554,12 +2532,6 @@ def model_names(architectures: tuple[str, ...]) -> list[str]:
     return names
 
 
-def count_parameters(network: nn.Module, learning: bool = False) -> int:
-    """How many numbers a network learns: all of them, or only those that learn now."""
-    return sum(parameter.numel() for parameter in network.parameters()
-               if parameter.requires_grad or not learning)
-
-
 # ==== Scores: and how sure they are ===============================================================
 
 
@@ -2603,8 +2575,7 @@ def judge(probabilities: Tensor, labels: Tensor, prefix: str = "") -> dict[str, 
         f"{prefix}accuracy": accuracy,
         f"{prefix}interval": wilson_interval(accuracy, len(labels)),
         f"{prefix}loss": loss,
-        f"{prefix}calibration_error": calibration_error(probabilities, labels),
-    }
+        f"{prefix}calibration_error": calibration_error(probabilities, labels)}
 
 
 def paired_gain(first: Tensor, second: Tensor, labels: Tensor) -> tuple[float, list[float]]:
@@ -3008,8 +2979,7 @@ def collect_results(job: Job, final: Tensor) -> dict[str, Any]:
         over_classes=over_classes(classes),
         speed={one.entry["name"]: one.speed for one in tested if one.speed},
         ablation=job.ledger,
-        export=None,
-    )
+        export=None)
     return results | dict(diagnosis=diagnose(results))
 
 
@@ -3020,7 +2990,7 @@ def describe_model(run: Run, data: Data, tested: Tested, seconds: float) -> dict
     spent = sum(entry["seconds"] for entry in run.epochs)
     entry = dict(
         name=run.name, architecture=run.weights.architecture, weights=run.weights.origin,
-        stands_in_for=run.weights.stands_in_for, parameters=count_parameters(run.network),
+        stands_in_for=run.weights.stands_in_for, parameters=sum(map(torch.numel, run.parameters)),
         seconds=spent, images_per_second=len(data.split["train"]) * len(run.epochs) / spent,
         train_accuracy=last["train_accuracy"], validation_accuracy=last["validation_accuracy"],
         precision=str(run.precision or torch.float32).removeprefix("torch."),
@@ -3383,9 +3353,9 @@ def plot_views(job: Job) -> None:
     for options in tta_views(run.flags):
         name = ", ".join(options) or "plain"
         columns[f"tested: {name}"] = in_colour(show(images, run, **options), run)
+    grid = (len(images), len(columns))
     size = (1.5 * len(columns), 1.6 * len(images) + 0.6)
-    title = "What the network sees of training images"
-    with plot("views", title, run.flags, (len(images), len(columns)), size) as axes:
+    with plot("views", "What the network sees", run.flags, grid, size) as axes:
         for (name, shown), column in zip(columns.items(), axes.T, strict=True):
             column[0].set_title(name, fontsize=8)
             for axis, image in zip(column, shown, strict=True):
@@ -3729,8 +3699,8 @@ def resizing(length: int, other: int, side: int, fit: str) -> tuple[Tensor, Tens
     shown = torch.minimum(size, other_size) if fit == "crop" else size  # so much of the extent
     count = torch.full_like(size, side)  # so many pixels show it
     if fit == "pad":
-        count = (size * side / torch.maximum(size, other_size)).round().clamp(min=1)
-    first = ((side - count) / 2).floor()  # the first of them
+        count = (size / torch.maximum(size, other_size) * side).round().clamp(min=1)
+    first = ((side - count) / 2).round()  # the first of them
     scale = shown / count
     centres = (size - shown) / 2 + (squares - first + 0.5) * scale
     distances = (pixels + 0.5 - centres[:, None]).abs()

@@ -151,7 +151,7 @@ def peak_memory() -> float:
 
 def one_run(kind: str, architecture: str, seed: int, changes: dict[str, Any]) -> None:
     """One run in this process; prints its figures as the last line, as JSON."""
-    small = dict(IMAGE_SIZE=96, TEST_IMAGES=2000, SEED=seed)
+    small = dict(IMAGE_SIZE=80, TEST_IMAGES=1500, SEED=seed)
     flags = SimpleNamespace(**at.FLAGS | small | changes)
     flags.DATASET = "fashion_mnist" if at.DEBIAN_FASHION_MNIST.is_dir() else "shapes"
     # choose_device() also makes the trainer's memory allocation faster
@@ -226,65 +226,62 @@ def time_until(accuracy: float, one: dict[str, Any]) -> float:
 STAMPS = Path("/usr/share/tuxpaint/stamps")  # Debian's tuxpaint-stamps-default: small photographs
 KINDS = ("animals/birds", "animals/fish", "animals/insects", "animals/mammals", "food/fruit",
          "food/vegetables", "plants/flowers")
-WAYS = {  # what is compared with gradual unfreezing: the flags that it takes
-    "head alone": dict(UNFREEZING_STAGES=1),
-    "all layers, equal epochs": dict(GRADUAL_UNFREEZING=False),
-    "all layers, equal time": dict(GRADUAL_UNFREEZING=False),
-}
+EPOCHS = {200: 16, 800: 8, 2400: 4}  # of so many training images: more updates of more
+AT_ONCE = dict(GRADUAL_UNFREEZING=False)
+WAYS = {"gradual": {}, "head alone": dict(UNFREEZING_STAGES=1), "all layers, equal epochs": AT_ONCE,
+        "all layers, equal time": AT_ONCE}
 
 
 def unfreezing(seeds: int, architecture: str, folder: str) -> None:
     """Print how accurate each way of unfreezing is, far from ImageNet and near it."""
     at.save_checkpoint = lambda run, data: None
     at.say = lambda *lines: None
-    small = dict(USE_TTA=False, DATA_DIR=folder, OUTPUT_DIR=folder)
+    small = dict(USE_TTA=False, DATA_DIR=folder, OUTPUT_DIR=folder, IMAGE_SIZE=64, TEST_IMAGES=2000)
+    fashion = small | dict(DATASET="fashion_mnist")
     tasks = {}
-    for images in (200, 800, 2400) if at.DEBIAN_FASHION_MNIST.is_dir() else ():
-        changes = small | dict(DATASET="fashion_mnist", TRAIN_IMAGES=images)
-        job = job_with(changes)
-        tasks[f"Fashion-MNIST, {images:,} images"] = changes, [at.load_data(job)]
+    for images, epochs in EPOCHS.items() if at.DEBIAN_FASHION_MNIST.is_dir() else ():
+        changes = fashion | dict(TRAIN_IMAGES=images, NUM_EPOCHS=epochs)
+        tasks[f"Fashion-MNIST, {images:,} images"] = changes, [at.load_data(job_with(changes))]
     if STAMPS.is_dir():
-        tasks["photographs, four fifths of 189, in turn"] = small, folds(job_with(small), folder)
+        changes = small | dict(NUM_EPOCHS=8)
+        tasks["photographs, about 150 images"] = changes, folds(job_with(changes), folder)
     for name, (changes, parts) in tasks.items():
-        rows = {way: [] for way in ("gradual", *WAYS)}  # of each seed: which are right, seconds
+        print(f"\n{name}, {changes['NUM_EPOCHS']} epochs ({architecture}, {seeds} seeds)")
+        rights: dict[str, list[Tensor]] = {way: [] for way in WAYS}
+        times: dict[str, list[float]] = {way: [] for way in WAYS}
         for seed in range(seeds):
-            rows["gradual"].append(trained(architecture, parts, seed, changes))
             for way, flags in WAYS.items():
+                chosen = changes | flags
                 if way == "all layers, equal time":
-                    share = rows["gradual"][-1][1] / rows["all layers, equal epochs"][-1][1]
-                    epochs = max(1, int(share * at.NUM_EPOCHS))
-                    flags = flags | dict(NUM_EPOCHS=min(at.NUM_EPOCHS, epochs))
-                rows[way].append(trained(architecture, parts, seed, changes | flags))
-        print(f"\n{name} ({architecture}, {seeds} seeds)", flush=True)
-        clear = {}
-        for way, row in rows.items():
-            right = torch.stack([one[0] for one in row]).double()
-            difference = right - torch.stack([one[0] for one in rows["gradual"]]).double()
-            change, interval = at.crossed_interval(difference.numpy())
-            seconds = statistics.mean(one[1] for one in row)
-            clear[way] = (interval[0] > 0) - (interval[1] < 0)
-            told = "" if way == "gradual" else at.points(change, interval)
-            print(f"  {way:26}{right.mean():8.1%}   {told:26}{seconds:7.0f} s", flush=True)
-        print("  " + advice(clear), flush=True)
+                    share = times["gradual"][-1] / times["all layers, equal epochs"][-1]
+                    chosen["NUM_EPOCHS"] = math.ceil(min(1, share) * changes["NUM_EPOCHS"])
+                right, seconds = trained(architecture, parts, seed, chosen)
+                rights[way].append(right)
+                times[way].append(seconds)
+        print_ways(rights, times)
 
 
-def advice(clear: dict[str, int]) -> str:
-    """What to do, by whether each way is clearly better (1) or worse (-1) than gradually, or not.
-    """
-    parts = ["The head alone is enough." if clear["head alone"] >= 0 else "Unfreeze."]
-    parts.append({1: "In equal time all layers at once are better.", -1: "Gradually is better "
-                  "than all layers at once in equal time.", 0: "In equal time, gradually and all "
-                  "at once don't clearly differ."}[clear["all layers, equal time"]])
-    if clear["all layers, equal epochs"] > 0:
-        parts.append("With time to spare: all layers from the start.")
-    return " ".join(parts)
+def print_ways(rights: dict[str, list[Tensor]], times: dict[str, list[float]]) -> None:
+    """The rows of a task, and a sentence on what to do; bool [images] and seconds of each seed."""
+    clear = {}
+    gradual = torch.stack(rights["gradual"]).double()
+    for way, found in rights.items():
+        right = torch.stack(found).double()
+        change, interval = at.crossed_interval((right - gradual).numpy())
+        clear[way] = (interval[0] > 0) - (interval[1] < 0)  # 1: clearly better, -1: worse
+        told = "" if way == "gradual" else at.points(change, interval)
+        print(f"  {way:26}{right.mean():8.1%}   {told:26}{statistics.mean(times[way]):7.0f} s")
+    print("  The head alone is " + ("clearly worse." if clear["head alone"] < 0 else "no worse."),
+          {1: "In equal time all layers at once are better.", -1: "In equal time gradually is "
+           "better.", 0: "In equal time it makes no clear difference whether all layers learn at "
+           "once."}[clear["all layers, equal time"]],
+          "With time to spare: all layers." if clear["all layers, equal epochs"] > 0 else "",
+          flush=True)
 
 
 def job_with(changes: dict[str, Any]) -> at.Job:
-    """A job with some flags, fitted to the device as a run's are."""
-    job = at.Job(SimpleNamespace(**at.FLAGS | changes), at.choose_device())
-    job.flags = at.small_profile(job.flags, job.device)
-    return job
+    """A job with some flags changed."""
+    return at.Job(SimpleNamespace(**at.FLAGS | changes), at.choose_device())
 
 
 def trained(architecture: str, parts: list[at.Data], seed: int,
@@ -311,17 +308,16 @@ def folds(job: at.Job, folder: str, count: int = 5) -> list[at.Data]:
             if "cartoon" not in file.parts:
                 shutil.copy(file, place / Path(kind).name)
     source = at.image_folder(place, job.flags)
-    order = at.np.random.default_rng(0).permutation(len(source.labels))
-    order = order[at.np.argsort(source.labels[order], kind="stable")]
+    everything = at.np.arange(len(source.labels))
+    order = at.stratified_order(source.labels, everything, at.np.random.default_rng(0))
     images = torch.from_numpy(source.read(order))
     labels = torch.from_numpy(source.labels[order])
-    everything = torch.arange(len(order))
     parts = []
     for fold in range(count):
-        test = everything % count == fold
+        test = torch.from_numpy(everything % count == fold)
+        train = (~test).nonzero()[:, 0]
         # Nothing is chosen by validation images: some of the training images will do.
-        split = dict(train=everything[~test], validation=everything[~test][:20],
-                     test=everything[test])
+        split = dict(train=train, validation=train[:20], test=test.nonzero()[:, 0])
         parts.append(at.Data(source.name, source.classes, images, labels, split))
     return parts
 
@@ -335,7 +331,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each loop (default: 1)")
     parser.add_argument("--architectures", default="tf_efficientnet_lite0,resnet18",
                         help="comma-separated timm names")
-    parser.add_argument("--images", type=int, default=1500, help="training images (default: 1500)")
+    parser.add_argument("--images", type=int, default=800, help="training images (default: 800)")
     parser.add_argument("--epochs", type=int, default=20,
                         help="epochs, a multiple of 4 (default: 20)")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)

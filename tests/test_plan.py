@@ -1,5 +1,6 @@
 """An epoch's plan, and features that are kept for the head: the same training, in less time."""
 
+import copy
 import dataclasses
 import weakref
 
@@ -224,3 +225,13 @@ def test_a_head_that_is_not_all_there_is_behind_the_features_learns_from_images(
         features = network.stem(at.augment(data.images[order_of(plan)], views, run)).mean((2, 3))
         torch.testing.assert_close(run.kept[1], features, rtol=0, atol=1e-5)
 
+
+@pytest.mark.parametrize(("batch", "images"), [(4, 8), (8, 16), (32, 20)])
+def test_a_trial_is_two_micro_batches_and_leaves_the_run_alone(batch, images):
+    run = tiny_run(BATCH_SIZE=batch, GRADIENT_ACCUMULATION_STEPS=8)
+    data = random_data()  # 20 to train on
+    before = copy.deepcopy(run.network.state_dict())
+    update, count = at.trial_update(run, data, groups=2)
+    update()
+    assert count == images and not run.optimizer.state
+    assert all(torch.equal(before[name], value) for name, value in run.network.state_dict().items())
