@@ -1666,7 +1666,12 @@ def find_source(flags: SimpleNamespace) -> Source:
 def cifar10(flags: SimpleNamespace) -> Source:
     """CIFAR-10 (Krizhevsky, 2009): torchvision downloads it, checks it and unpacks it."""
     kind = torchvision.datasets.CIFAR10
-    train = kind(flags.DATA_DIR, download=True)
+    try:
+        train = kind(flags.DATA_DIR)
+    except Exception:  # it isn't there, or something of it is damaged or gone
+        torchvision.datasets.utils.download_and_extract_archive(
+            kind.url, flags.DATA_DIR, filename=kind.filename, md5=kind.tgz_md5)
+        train = kind(flags.DATA_DIR)
     test = kind(flags.DATA_DIR, train=False)
     images = np.concatenate([train.data, test.data]).transpose(0, 3, 1, 2)
     labels = np.concatenate([train.targets, test.targets])
