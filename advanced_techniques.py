@@ -513,9 +513,9 @@ def train_epoch(run: Run, data: Data, epoch: int) -> dict[str, Any]:
     loss, correct = totals[:, :2].nan_to_num(0, 0, 0).sum(0).tolist()
     skipped = (totals[:, 2] > 0).tolist()
     images = len(data.split["train"])
-    learning = [parameter for parameter in run.parameters if parameter.requires_grad]
+    learning = [one.numel() for one in run.parameters if one.requires_grad]
     return dict(epoch=epoch + 1, stage=stage_of(epoch, run) + 1,
-                trainable_parameters=sum(map(torch.numel, learning)),
+                trainable_parameters=sum(learning),
                 learning_rate=rates[0], train_loss=loss / images, train_accuracy=correct / images,
                 skipped_updates=sum(skipped), loss_scale=run.scaler.get_scale(),
                 skipped_in_a_row=stop_if_not_finite(run, epoch, skipped),
