@@ -1394,6 +1394,8 @@ def make_parser() -> argparse.ArgumentParser:
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
+    # These are values, not flags: -1e-3, -inf
+    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
     file = Path(globals().get("__file__", os.devnull))  # pasted into a notebook, there is none
     text = file.read_text("utf-8").partition("# ==== Flags")[2].partition("FLAGS = ")[0]
     group = parser
@@ -2905,7 +2907,7 @@ def measure_speed(run: Run, data: Data) -> dict[str, Any]:
     fp32, fp32_bytes = measure_update(run, data, precision=None)
     mixed, mixed_bytes = measure_update(run, data) if run.precision else (None, None)
     all_layers = mixed or fp32
-    needed = len(data.split["train"]) * len(run.epochs) / all_layers  # with nothing frozen
+    needed = len(data.split["train"]) * len(run.epochs) / all_layers  # seconds, none frozen
     saved = 1 - sum(entry["seconds"] for entry in run.epochs) / needed
     return dict(images_per_second_all_layers=all_layers,
                 freezing_saves=saved if run.gradual else None,

@@ -56,7 +56,7 @@ def test_a_number_that_can_not_work_is_refused_with_its_limits(name):
     kind = "whole number" if isinstance(at.FLAGS[name], int) else "number"
     for text in wrong_numbers(name):
         said = f"{name} = {text}: it has to be a {kind} from {low:g} to {high:,}."
-        assert refusal(f"{option(name)}={text}") == said
+        assert refusal(option(name), text) == said
 
 
 def test_every_number_has_limits_and_may_reach_them():
