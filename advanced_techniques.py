@@ -793,8 +793,10 @@ def choose_views(random: Tensor, flip: bool) -> Tensor:
     erased_size = torch.stack([uniform.erased_width, uniform.erased_height], dim=1)
     erased_half = torch.where(uniform.erase[:, None] < 0.25, 0.1 + 0.3 * erased_size, -1.0)
     erased_centre = torch.stack([signed.erased_across, signed.erased_down], dim=1)
-    return torch.cat([window.flatten(1), colour.flatten(1), grey_share[:, None], erased_centre,
-                      erased_half], dim=1)  # in the order of VIEW_NUMBERS
+    columns = dict(window=window.flatten(1), colour=colour.flatten(1),
+                   grey_share=grey_share[:, None], erased_centre=erased_centre,
+                   erased_half=erased_half)
+    return torch.cat([columns[name] for name in VIEW_NUMBERS], dim=1)
 
 
 def choose_window(uniform: SimpleNamespace, signed: SimpleNamespace, flip: bool) -> Tensor:
@@ -1501,10 +1503,15 @@ def check_places(flags: SimpleNamespace) -> None:
 def fit_to_patches(flags: SimpleNamespace) -> SimpleNamespace:
     """IMAGE_SIZE as a multiple of each network's patch, or the rest would never be seen.
 
-    A patch is what a vision transformer takes at once; timm's names tell its side.
+    A patch is what a first convolution without overlap takes, as a vision transformer's does.
     """
-    patches = re.findall(r"patch(\d+)", " ".join(flags.ARCHITECTURES))  # vit_tiny_patch16_224
-    patch = math.lcm(*map(int, patches))  # 1 where there is none
+    patch = 1
+    for name in flags.ARCHITECTURES:
+        with torch.device("meta"), contextlib.suppress(Exception):  # check_networks tells of these
+            modules = timm.create_model(name).modules()
+            first = next(module for module in modules if isinstance(module, nn.Conv2d))
+            if first.kernel_size == first.stride:
+                patch = math.lcm(patch, *first.stride)
     fitted = math.ceil(flags.IMAGE_SIZE / patch) * patch
     if fitted != flags.IMAGE_SIZE:
         say(f"IMAGE_SIZE is {fitted} instead of {flags.IMAGE_SIZE}: a multiple of the networks' "
@@ -1825,8 +1832,9 @@ def find_clips(source: Source, clips: list[str]) -> None:
     if fewest >= 3 and len(first) <= 0.9 * len(clips):
         source.clips = number
         source.notices.append(
-            f"CLIPS: by inner folders, or names alike but for the last number, the images come in "
-            f"{len(first):,} clips, such as {printable(clips[0])}. This run's split tears none.")
+            f"CLIPS: by their inner folders, or names alike but for the last number, the images "
+            f"come in {len(first):,} clips, such as {printable(clips[0])}. As far as the split is "
+            "this run's, a clip is kept in one part.")
 
 
 def how_to_sort(loose: list[Path]) -> str:

@@ -132,7 +132,7 @@ def trainer(run: at.Run, data: at.Data) -> dict[str, Any]:
     at.save_checkpoint = lambda run, data: times.append(time.perf_counter() - started)
     started = time.perf_counter()
     at.train_model(run, data)
-    test = at.score(at.predict(run, data, "test", [{}])[0], data.truth("test"))[1]
+    test = at.score(at.predict(run, data, "test", at.PLAIN)[0], data.truth("test"))[1]
     return dict(times=times, accuracies=[entry["validation_accuracy"] for entry in run.epochs],
                 memory=peak_memory(), test=test)
 

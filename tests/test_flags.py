@@ -170,7 +170,8 @@ def test_images_where_downloads_go_are_asked_about(place, tmp_path):
 
 @pytest.mark.parametrize(("names", "size", "fitted"), [
     (("vit_small_patch14_dinov2",), 96, 98), (("vit_tiny_patch16_224", "resnet18"), 100, 112),
-    (("convnext_atto", "vit_tiny_patch16_224"), 90, 96), (("resnet18",), 97, 97)])
+    (("convnext_atto", "vit_tiny_patch16_224"), 90, 96), (("resnet18",), 97, 97),
+    (("convnext_atto",), 90, 92)])
 def test_an_image_size_is_fitted_to_the_patches_and_said(names, size, fitted, capsys):
     flags = at.fit_to_patches(SimpleNamespace(ARCHITECTURES=names, IMAGE_SIZE=size))
     assert fitted == flags.IMAGE_SIZE

@@ -56,7 +56,8 @@ def test_the_ledgers_plot_is_drawn_from_results_json(tmp_path):
 
 
 @pytest.mark.parametrize("left", [
-    dict(MPLBACKEND="module://matplotlib_inline.backend_inline", WORLD_SIZE="two", RANK=""),
+    dict(MPLBACKEND="module://matplotlib_inline.backend_inline", WORLD_SIZE="two", RANK="0"),
+    dict(WORLD_SIZE="", RANK="", LOCAL_RANK="", MASTER_PORT=""), dict(RANK="1", LOCAL_RANK="1"),
     dict(WORLD_SIZE="4", RANK="3", MASTER_ADDR="node7", MASTER_PORT="1234")])
 def test_what_notebooks_and_schedulers_leave_behind_harms_nothing(left, tmp_path):
     code = ("import advanced_techniques as at\n"
